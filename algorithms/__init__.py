@@ -1,0 +1,1 @@
+"""Records, advantages, losses, packing: pure functions over arrays and tensors."""

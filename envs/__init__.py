@@ -1,0 +1,1 @@
+"""Tasks, worlds, tools and rewards, and the protocol a plugin implements."""

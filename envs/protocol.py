@@ -1,0 +1,122 @@
+"""What an environment is: the protocol every world, adapter and plugin implements.
+
+An environment plays one live episode at a time, sees text only (never tokens), and grades from its own trusted
+state. The framework owns the loop:
+
+    observation = await env.reset(task)
+    while turns are left:
+        step = await env.step(text the policy wrote)        # never raises for anything the policy wrote
+        if step.terminated: break
+    verdict = await env.evaluate()                          # also when a budget ran out
+
+Errors by boundary: what the *agent* did wrong comes back as an observation with a category in `signals`; an
+exception out of `reset`, `step` or `evaluate` is an *infrastructure fault*: retried, never scored as 0.
+`TaskError` quarantines the task.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+
+class EnvError(Exception):
+    """Base of everything an environment may raise on purpose."""
+
+
+class TaskError(EnvError):
+    """The task itself is broken: it is quarantined and never drawn again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One problem with a seed. `id` is unique within the environment; the seed is its only randomness."""
+
+    environment: str
+    id: str
+    seed: int
+    split: str  # "train" or "test"
+    scenario: str  # the family of variants it belongs to
+    difficulty: int = 1  # 1 … 3
+    payload: Mapping[str, Any] = field(default_factory=dict)  # msgpack-able
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One chat message; roles are `system`, `user`, `assistant`, `tool`."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """New messages for the policy, append-only; tool schemas (OpenAI style) come with the first one."""
+
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What one action did. `signals` counts things worth a metric: `tool_error/unknown_api`, `policy_fault/parse`."""
+
+    observation: Observation
+    terminated: bool = False
+    signals: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """The grade: `reward` (finite, usually 0 … 1), its named parts, and whether the task is solved entirely."""
+
+    reward: float
+    success: bool
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvSpec:
+    """What an environment declares about itself."""
+
+    name: str
+    version: str  # with the data's hash; stored with every rollout
+    description: str
+    max_turns: int  # default budget of turns
+    deterministic: bool = True
+    license: str = "Apache-2.0"
+
+
+@runtime_checkable
+class Env(Protocol):
+    """One live episode. Instances are reused: `reset` starts over, whatever state the last episode left."""
+
+    spec: EnvSpec
+
+    async def reset(self, task: Task) -> Observation:
+        """Start the task; the first messages."""
+        ...
+
+    async def step(self, action: str) -> Step:
+        """Take the policy's whole turn as text. Total: any text gives a step, never an exception."""
+        ...
+
+    async def evaluate(self) -> Verdict:
+        """Grade the current state. Idempotent; allowed at any time."""
+        ...
+
+    def oracle(self) -> Iterator[str]:
+        """Actions that solve the task just reset, one at a time, drawn between steps; empty if it has no oracle."""
+        ...
+
+    async def close(self) -> None:
+        """Free what the episode holds."""
+        ...
+
+
+@runtime_checkable
+class TaskSource(Protocol):
+    """Where tasks come from. Splits are disjoint by construction."""
+
+    def tasks(self, split: str, seed: int) -> Iterator[Task]:
+        """An endless or finite stream of tasks, the same for the same arguments."""
+        ...
