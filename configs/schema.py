@@ -1,0 +1,252 @@
+"""What can be configured: every key, its type, unit, meaning, and its default in exactly this one place.
+
+The models are frozen and refuse unknown keys. What one key allows is said at the key; what keys allow together
+is in `rules.py`. Sizes end in `_bytes`, durations in `_s`; 0 means "off" only where the key says so.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+TrackerName = Literal["console", "jsonl", "tensorboard", "wandb", "mlflow"]
+
+
+class _Table(BaseModel):
+    """Base of all tables: frozen, strict about types, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class RunConfig(_Table):
+    """[run] Length, rhythm and records of a run."""
+
+    name: str = Field(
+        min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder name below `dir`"
+    )
+    dir: str = Field("runs", min_length=1, description="where run directories are made")
+    seed: int = Field(0, ge=0, description="seed of sampling, initial weights and batch order")
+    steps: int = Field(40, ge=0, description="steps of training; each makes one policy version")
+    max_seconds: float = Field(0, ge=0, description="stop cleanly after this long, s; 0 = no limit")
+    eval_every: int = Field(
+        10, ge=0, description="steps between evaluations; 0 = only before and after training"
+    )
+    checkpoint_every: int = Field(10, ge=0, description="steps between checkpoints; 0 = only the last")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept on disk")
+    trackers: tuple[TrackerName, ...] = Field(
+        ("console", "jsonl"), strict=False, description="where metrics go"
+    )
+    max_restarts: int = Field(5, ge=0, description="restarts of all actors together before giving up")
+    infra_fault_limit: float = Field(
+        0.2, ge=0, le=1, description="share of recent episodes lost to infra faults that ends the run"
+    )
+
+
+class ModelConfig(_Table):
+    """[model] The policy."""
+
+    path: str = Field(
+        "tiny", min_length=1, description='Hugging Face folder or hub id; "tiny" builds one from [tiny]'
+    )
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of weights and activations")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="where engines and trainer compute")
+    lora_rank: int = Field(0, ge=0, description="rank of LoRA adapters; 0 = train all parameters")
+    lora_alpha: float = Field(32.0, gt=0, description="LoRA scale; the update is alpha / rank * B A")
+    lora_targets: str = Field(
+        "all-linear", min_length=1, description='"all-linear" or a regular expression of module names'
+    )
+
+
+class TinyConfig(_Table):
+    """[tiny] Shape of the policy built from nothing, where model.path = "tiny"."""
+
+    hidden_size: int = Field(128, ge=8, description="width of the residual stream")
+    layers: int = Field(4, ge=1, description="transformer blocks")
+    heads: int = Field(4, ge=1, description="attention heads")
+    kv_heads: int = Field(2, ge=1, description="key-value heads; divides `heads`")
+    intermediate_size: int = Field(384, ge=8, description="width of the feed-forward layer")
+    vocab_size: int = Field(
+        1024, ge=300, description="tokens of the tokenizer trained on the environment's own text"
+    )
+
+
+class WarmStartConfig(_Table):
+    """[warm_start] Cloning oracle demonstrations before RL begins."""
+
+    demonstrations: int = Field(0, ge=0, description="oracle episodes to clone; 0 = no warm start")
+    steps: int = Field(200, ge=1, description="optimizer steps of cloning")
+    batch: int = Field(32, ge=1, description="demonstrations per optimizer step")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of cloning")
+
+
+class EnvironmentConfig(_Table):
+    """[environment] What is played, by how many, and within which budgets."""
+
+    name: str = Field(min_length=1, description="a registered environment, or module:Class")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="passed to the environment's constructor"
+    )
+    workers: int = Field(1, ge=1, description="environment worker processes")
+    max_turns: int = Field(0, ge=0, description="turns per episode; 0 = the environment's own budget")
+    max_new_tokens: int = Field(64, ge=1, description="generated tokens per turn")
+    max_context: int = Field(1024, ge=16, description="tokens of one context, prompt and generated")
+    episode_timeout_s: float = Field(
+        120, gt=0, description="an episode that takes longer is an infra fault"
+    )
+    retries: int = Field(3, ge=0, description="times an episode is played again after an infra fault")
+    seed: int = Field(0, ge=0, description="seed of the stream of training tasks")
+
+
+class RolloutConfig(_Table):
+    """[rollout] Generation, and how far it may run ahead of training."""
+
+    engine: Literal["torch", "vllm"] = Field("torch", description="what generates")
+    engines: int = Field(1, ge=1, description="rollout actors, one engine each")
+    group_size: int = Field(8, ge=1, description="K: rollouts of one task, compared to each other")
+    groups_per_step: int = Field(16, ge=1, description="groups that make one training batch")
+    max_lag: int = Field(
+        1, ge=0, description="largest policy lag a rollout may have when used; 0 = synchronous"
+    )
+    on_update: Literal["continue", "finish"] = Field(
+        "continue", description="running sequences go on under new weights, or finish first"
+    )
+    temperature: float = Field(1.0, gt=0, description="sampling temperature in training")
+    top_p: float = Field(1.0, description="must be 1; the key exists to say why")
+    concurrency: int = Field(64, ge=1, description="sequences one engine decodes together")
+    kv_bytes: int = Field(64 << 20, ge=1 << 20, description="KV cache of one engine, bytes")
+    threads: int = Field(1, ge=1, description="CPU threads of one engine")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="passed to the engine named above, and to no other"
+    )
+
+    @field_validator("top_p")
+    @classmethod
+    def _unfiltered(cls, value: float) -> float:
+        if value != 1.0:
+            raise ValueError(
+                "1.0: with filtered sampling the recorded logprobs differ from the policy's"
+                " (top_p 0.9: a log importance weight of -10.5 per 100 tokens, policy unchanged)"
+            )
+        return value
+
+
+class EvaluationConfig(_Table):
+    """[evaluation] Success on held-out tasks."""
+
+    tasks: int = Field(128, ge=1, description="held-out tasks played each time, always the same")
+    temperature: float = Field(1.0, ge=0, description="sampling temperature; 0 = greedy")
+    max_turns: int = Field(0, ge=0, description="turns per episode; 0 = as in training")
+    seed: int = Field(0, ge=0, description="seed of the stream of held-out tasks")
+
+
+class AlgorithmConfig(_Table):
+    """[algorithm] From rewards to a gradient."""
+
+    advantage: Literal["leave_one_out", "group_mean", "group_normalized", "batch_normalized"] = Field(
+        "leave_one_out", description="baseline and scale of rewards within a group"
+    )
+    loss: Literal["ppo", "aipo"] = Field("ppo", description="policy loss")
+    level: Literal["token", "turn", "trajectory"] = Field(
+        "token", description="unit of the probability ratio (ppo)"
+    )
+    clip_form: Literal["code", "paper"] = Field(
+        "code", description="ratio bounds: code [1/(1+clip), 1+clip], paper [1-clip, 1+clip] (ppo)"
+    )
+    clip: float = Field(0.1, gt=0, description="how far the ratio may move before it is clipped (ppo)")
+    dual_clip: float = Field(
+        3.0, ge=0, description="bound c*A of the objective where A < 0 (ppo); 0 = off"
+    )
+    mismatch: Literal["none", "truncated_is", "masked_is"] = Field(
+        "truncated_is", description="weight exp(proximal - behavior): not used, capped, or masked"
+    )
+    mismatch_cap: float = Field(2.0, gt=0, description="largest mismatch weight; masked_is: upper end")
+    mismatch_low: float = Field(
+        0.5, ge=0, description="masked_is: tokens whose weight is below this are left out"
+    )
+    proximal: Literal["behavior", "recomputed"] = Field(
+        "recomputed", description="proximal logprobs: the sampler's, or the trainer's own pass"
+    )
+    aggregation: Literal[
+        "rollout_mean_over_constant", "token_mean", "sequence_mean", "fixed_length"
+    ] = Field("rollout_mean_over_constant", description="how token losses become one number")
+    aipo_rho: float = Field(4.0, ge=1, description="one-sided cap of the importance weight (aipo)")
+    aipo_grad: Literal["stopgrad", "through"] = Field(
+        "stopgrad", description="is the capped weight a constant (the paper), or differentiated (aipo)"
+    )
+    drop_below: float = Field(
+        0.01, ge=0, description="rollouts with a smaller absolute advantage are not trained on"
+    )
+
+
+class TrainerConfig(_Table):
+    """[trainer] The optimizer step."""
+
+    backend: Literal["torch"] = Field("torch", description="what holds and updates the weights")
+    optimizer: Literal["adamw"] = Field("adamw", description="update rule")
+    lr: float = Field(1e-4, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = Field(
+        (0.9, 0.999), strict=False, description="decay of first and second moment"
+    )
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled; applied to matrices only")
+    grad_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 = no clipping")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="learning rate after the warm-up, towards 0 at the last step"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    epochs: int = Field(1, ge=1, description="passes over one step's batch")
+    minibatches: int = Field(4, ge=1, description="optimizer steps per pass")
+    token_budget: int = Field(4096, ge=16, description="tokens of one micro-batch")
+    gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
+    logprob_chunk: int = Field(
+        2048, ge=1, description="tokens whose logits exist at the same time in the trainer"
+    )
+    threads: int = Field(1, ge=1, description="CPU threads of the trainer")
+
+    @field_validator("betas")
+    @classmethod
+    def _decays(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("two numbers in [0, 1)")
+        return value
+
+
+class WeightsConfig(_Table):
+    """[weights] How new weights reach the engines."""
+
+    channel: Literal["shared_memory"] = Field("shared_memory", description="trainer -> engines")
+
+
+class ClusterConfig(_Table):
+    """[cluster] Ray, and every deadline of the run."""
+
+    address: str = Field(
+        "auto",
+        min_length=1,
+        description='"auto": the job\'s Ray or RAY_ADDRESS, else a new one in this process; "local": '
+        'always a new one; "none": no Ray, one process; or an address',
+    )
+    cpus: int = Field(0, ge=0, description="CPUs of a Ray started here; 0 = all of the machine")
+    object_store_bytes: int = Field(
+        128 << 20, ge=80 << 20, description="object store of a Ray started here, bytes"
+    )
+    start_timeout_s: float = Field(180, gt=0, description="for Ray and for each actor to come up")
+    step_timeout_s: float = Field(600, gt=0, description="for one batch, one update, one evaluation")
+    publish_timeout_s: float = Field(60, gt=0, description="for all engines to hold a new version")
+    ping_every_s: float = Field(5, gt=0, description="pause between two signs of life of an actor")
+    hang_timeout_s: float = Field(60, gt=0, description="silence after which an actor is restarted")
+
+
+class Config(_Table):
+    """One run, whole. Only the orchestrator sees all of it."""
+
+    run: RunConfig
+    model: ModelConfig = ModelConfig()
+    tiny: TinyConfig = TinyConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
+    environment: EnvironmentConfig
+    rollout: RolloutConfig = RolloutConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    weights: WeightsConfig = WeightsConfig()
+    cluster: ClusterConfig = ClusterConfig()
