@@ -15,8 +15,10 @@ exception out of `reset`, `step` or `evaluate` is an *infrastructure fault*: ret
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
+
+import msgpack
 
 
 class EnvError(Exception):
@@ -38,6 +40,16 @@ class Task:
     scenario: str  # the family of variants it belongs to
     difficulty: int = 1  # 1 … 3
     payload: Mapping[str, Any] = field(default_factory=dict)  # msgpack-able
+
+
+def encode_task(task: Task) -> bytes:
+    """The task as msgpack; raises `TypeError` for a payload that is not plain data."""
+    return msgpack.packb(asdict(task))
+
+
+def decode_task(data: bytes) -> Task:
+    """The task that `encode_task` wrote."""
+    return Task(**msgpack.unpackb(data))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
