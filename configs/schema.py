@@ -4,9 +4,11 @@ The models are frozen and refuse unknown keys. What one key allows is said at th
 is in `rules.py`. Sizes end in `_bytes`, durations in `_s`; 0 means "off" only where the key says so.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from loopwright.configs.rules import Contradictions, contradictions
 
 TrackerName = Literal["console", "jsonl", "tensorboard", "wandb", "mlflow"]
 
@@ -250,3 +252,10 @@ class Config(_Table):
     trainer: TrainerConfig = TrainerConfig()
     weights: WeightsConfig = WeightsConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        problems = contradictions(self)
+        if problems:
+            raise Contradictions(problems)
+        return self

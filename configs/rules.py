@@ -1,0 +1,166 @@
+"""What keys allow together: contradictions are errors, doubtful combinations are warnings.
+
+A rule is one line in one of three tables below; `contradictions` and `doubts` walk them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loopwright.configs.schema import Config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One thing that is wrong with a configuration."""
+
+    key: str  # dotted, "" if it is about the whole file
+    value: Any = None
+    expected: str
+    nearest: str = ""  # the valid name it was probably meant to be
+    where: str = ""  # "file:line" or "--set", if known
+
+
+class Contradictions(ValueError):
+    """Keys that cannot hold together; all of them, in `problems`."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        super().__init__("; ".join(f"{p.key} = {p.value!r}: expected {p.expected}" for p in problems))
+        self.problems = problems
+
+
+def value_at(config: Config, key: str) -> Any:
+    """The value of the dotted `key`, such as `trainer.lr`."""
+    table, name = key.split(".")
+    return getattr(getattr(config, table), name)
+
+
+def default_at(config: Config, key: str) -> Any:
+    """The default of the dotted `key`, as the schema has it."""
+    table, name = key.split(".")
+    return type(getattr(config, table)).model_fields[name].get_default(call_default_factory=True)
+
+
+def _limits(c: Config) -> Iterator[tuple[bool, str, str]]:
+    """(holds, key, what is expected) for each pair of keys that bound each other."""
+    rollouts = c.rollout.group_size * c.rollout.groups_per_step
+    yield (
+        c.rollout.group_size >= 2,
+        "rollout.group_size",
+        f"2 or more: algorithm.advantage = {c.algorithm.advantage!r} compares rollouts of one task",
+    )
+    yield (
+        c.trainer.minibatches <= rollouts,
+        "trainer.minibatches",
+        f"at most the {rollouts} rollouts of a step (rollout.group_size * rollout.groups_per_step)",
+    )
+    yield (
+        c.environment.max_new_tokens < c.environment.max_context,
+        "environment.max_new_tokens",
+        f"less than environment.max_context = {c.environment.max_context}, which holds the prompt too",
+    )
+    yield (
+        c.trainer.token_budget >= c.environment.max_context,
+        "trainer.token_budget",
+        f"at least environment.max_context = {c.environment.max_context}: the longest rollout must fit",
+    )
+    yield (
+        c.tiny.hidden_size % c.tiny.heads == 0,
+        "tiny.hidden_size",
+        f"a multiple of tiny.heads = {c.tiny.heads}",
+    )
+    yield (
+        c.tiny.heads % c.tiny.kv_heads == 0,
+        "tiny.kv_heads",
+        f"a divisor of tiny.heads = {c.tiny.heads}",
+    )
+    yield (
+        c.cluster.hang_timeout_s > c.cluster.ping_every_s,
+        "cluster.hang_timeout_s",
+        f"more than cluster.ping_every_s = {c.cluster.ping_every_s}",
+    )
+    yield (
+        c.cluster.step_timeout_s > c.environment.episode_timeout_s,
+        "cluster.step_timeout_s",
+        f"more than environment.episode_timeout_s = {c.environment.episode_timeout_s}: a step waits "
+        "for its slowest episode",
+    )
+    yield (
+        c.algorithm.mismatch == "none" or c.algorithm.proximal == "recomputed",
+        "algorithm.proximal",
+        f"'recomputed': algorithm.mismatch = {c.algorithm.mismatch!r} weighs proximal against behavior, "
+        'and with "behavior" the two are equal',
+    )
+    yield (
+        c.algorithm.mismatch != "masked_is" or c.algorithm.mismatch_low < c.algorithm.mismatch_cap,
+        "algorithm.mismatch_low",
+        f"less than algorithm.mismatch_cap = {c.algorithm.mismatch_cap}",
+    )
+    yield (
+        len(set(c.run.trackers)) == len(c.run.trackers),
+        "run.trackers",
+        "each name once",
+    )
+
+
+def _unused(c: Config) -> Iterator[tuple[bool, str, tuple[str, ...]]]:
+    """(is in use, the setting that decides it, the keys that then have no effect) within one topic."""
+    loss = f"algorithm.loss = {c.algorithm.loss!r}"
+    ppo_only = ("level", "clip_form", "clip", "dual_clip")
+    yield c.algorithm.loss == "ppo", loss, tuple(f"algorithm.{name}" for name in ppo_only)
+    yield c.algorithm.loss == "aipo", loss, ("algorithm.aipo_rho", "algorithm.aipo_grad")
+    mismatch = f"algorithm.mismatch = {c.algorithm.mismatch!r}"
+    yield c.algorithm.mismatch != "none", mismatch, ("algorithm.mismatch_cap",)
+    yield c.algorithm.mismatch == "masked_is", mismatch, ("algorithm.mismatch_low",)
+    lora = ("model.lora_alpha", "model.lora_targets")
+    yield c.model.lora_rank > 0, "model.lora_rank = 0", lora
+
+
+def _doubts(c: Config) -> Iterator[tuple[bool, str]]:
+    """(is fine, what to think about) for combinations that are legal and rarely meant."""
+    yield (
+        c.rollout.max_lag == 0 or c.algorithm.mismatch != "none" or c.algorithm.loss == "aipo",
+        f"algorithm.mismatch = 'none' with rollout.max_lag = {c.rollout.max_lag}: nothing corrects for "
+        "stale rollouts; set \"truncated_is\"",
+    )
+    yield (
+        c.algorithm.loss != "aipo" or c.algorithm.mismatch == "none",
+        f"algorithm.mismatch = {c.algorithm.mismatch!r} with loss 'aipo', which weighs by the behavior "
+        'logprobs itself: the correction counts twice; set mismatch = "none"',
+    )
+    yield (
+        c.model.device != "cpu" or c.model.dtype == "float32",
+        "model.dtype = 'bfloat16' on a CPU: slow, and logprobs of engine and trainer differ by 0.15 on "
+        'average; set "float32"',
+    )
+    yield (
+        c.model.path == "tiny" or c.tiny == type(c.tiny)(),
+        f"[tiny] has no effect with model.path = {c.model.path!r}",
+    )
+    yield (
+        c.warm_start.demonstrations > 0 or c.warm_start == type(c.warm_start)(),
+        "[warm_start] has no effect with demonstrations = 0",
+    )
+
+
+def contradictions(config: Config) -> list[Problem]:
+    """Everything about `config` that cannot hold together, or was set and is not used."""
+    problems = [
+        Problem(key=key, value=value_at(config, key), expected=expected)
+        for holds, key, expected in _limits(config)
+        if not holds
+    ]
+    for in_use, because, keys in _unused(config):
+        for key in () if in_use else keys:
+            if value_at(config, key) != default_at(config, key):
+                expected = f"no such setting: it has no effect with {because}"
+                problems.append(Problem(key=key, value=value_at(config, key), expected=expected))
+    return problems
+
+
+def doubts(config: Config) -> list[str]:
+    """Warnings: what is legal and rarely meant, one sentence each."""
+    return [sentence for fine, sentence in _doubts(config) if not fine]
