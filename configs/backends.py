@@ -50,4 +50,6 @@ def load_backend(key: str, name: str) -> Any:
     except ImportError as error:
         extra = table[name].extra
         remedy = f"pip install 'loopwright[{extra}]'" if extra else "pip install loopwright"
-        raise BackendError(f"{key} = {name!r} cannot be imported ({error}); try {remedy}") from error
+        raise BackendError(
+            f"{key} = {name!r} cannot be imported ({error}); try {remedy}"
+        ) from error

@@ -1,4 +1,4 @@
-"""Reading a configuration: TOML file, then `--set` overrides, then the schema; all problems at once."""
+"""Reading a configuration: file, `--set` overrides, schema; all problems are reported at once."""
 
 import difflib
 import json
@@ -81,7 +81,7 @@ def find(path: str | Path) -> Path:
 
 
 def _line_numbers(text: str) -> dict[str, int]:
-    """Dotted key -> line of `text`, 1-based. The parser gives no positions, so this reads headers and keys."""
+    """Dotted key -> line of `text`, 1-based; by headers and keys, as tomllib gives no positions."""
     lines: dict[str, int] = {}
     prefix, quote = "", ""
     for number, line in enumerate(text.splitlines(), start=1):
@@ -115,7 +115,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _override(data: dict[str, Any], text: str) -> str:
-    """Put one `a.b=value` into `data`; the dotted key. Raises `ConfigError` if it is not of that form."""
+    """Put one `a.b=value` into `data`; the dotted key. Raises `ConfigError` if it has another
+    form."""
     key, equals, raw = text.partition("=")
     parts = key.strip().split(".")
     if not equals or len(parts) < 2 or not all(parts):
@@ -169,7 +170,9 @@ def _field_problem(error: Mapping[str, Any]) -> Problem:
         allowed = re.findall(r"'([^']*)'", error["ctx"]["expected"])
         close = difflib.get_close_matches(str(value), allowed, n=1)
         expected = "one of " + ", ".join(map(repr, allowed))
-        return Problem(key=key, value=value, expected=expected, nearest=repr(close[0]) if close else "")
+        return Problem(
+            key=key, value=value, expected=expected, nearest=repr(close[0]) if close else ""
+        )
     if kind == "value_error":
         return Problem(key=key, value=value, expected=str(error["ctx"]["error"]))
     message = str(error["msg"]).removeprefix("Input should be ").removeprefix("Input should ")
@@ -179,8 +182,9 @@ def _field_problem(error: Mapping[str, Any]) -> Problem:
 def _validate(data: dict[str, Any]) -> Config:
     """The checked configuration, or `Contradictions` with every problem there is.
 
-    Keys may be wrong one by one and also together. Where some are wrong one by one, the rest is checked
-    together with defaults in their place, so that a second run does not bring a second set of errors.
+    Keys may be wrong one by one and also together. Where some are wrong one by one, the rest is
+    checked together with defaults in their place, so that a second run does not bring a second set
+    of errors.
     """
     try:
         return Config.model_validate(data)
@@ -209,7 +213,8 @@ def _validate(data: dict[str, Any]) -> Config:
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
-    """Read `path` (a file or the name of a preset), apply `table.key=value` overrides, check everything.
+    """Read `path` (a file or the name of a preset), apply `table.key=value` overrides, check
+    everything.
 
     Raises:
         ConfigError: with every problem at once: key, value, what was expected, nearest name, place.
@@ -254,7 +259,8 @@ def _toml(value: Any) -> str:
 
 
 def render(loaded: Loaded, *, explain: bool = False) -> str:
-    """Every effective value and where it came from, as TOML that `load` reads back to the same values.
+    """Every effective value and where it came from, as TOML that `load` reads back to the same
+    values.
 
     With `explain`, the meaning of each key stands above it.
     """

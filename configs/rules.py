@@ -28,7 +28,9 @@ class Contradictions(ValueError):
     """Keys that cannot hold together; all of them, in `problems`."""
 
     def __init__(self, problems: list[Problem]) -> None:
-        super().__init__("; ".join(f"{p.key} = {p.value!r}: expected {p.expected}" for p in problems))
+        super().__init__(
+            "; ".join(f"{p.key} = {p.value!r}: expected {p.expected}" for p in problems)
+        )
         self.problems = problems
 
 
@@ -60,12 +62,12 @@ def _limits(c: Config) -> Iterator[tuple[bool, str, str]]:
     yield (
         c.environment.max_new_tokens < c.environment.max_context,
         "environment.max_new_tokens",
-        f"less than environment.max_context = {c.environment.max_context}, which holds the prompt too",
+        f"less than environment.max_context = {c.environment.max_context}: the prompt needs room",
     )
     yield (
         c.trainer.token_budget >= c.environment.max_context,
         "trainer.token_budget",
-        f"at least environment.max_context = {c.environment.max_context}: the longest rollout must fit",
+        f"at least environment.max_context = {c.environment.max_context}, the longest rollout",
     )
     yield (
         c.tiny.hidden_size % c.tiny.heads == 0,
@@ -85,14 +87,14 @@ def _limits(c: Config) -> Iterator[tuple[bool, str, str]]:
     yield (
         c.cluster.step_timeout_s > c.environment.episode_timeout_s,
         "cluster.step_timeout_s",
-        f"more than environment.episode_timeout_s = {c.environment.episode_timeout_s}: a step waits "
-        "for its slowest episode",
+        f"more than environment.episode_timeout_s = {c.environment.episode_timeout_s}, as a step "
+        "waits for its slowest episode",
     )
     yield (
         c.algorithm.mismatch == "none" or c.algorithm.proximal == "recomputed",
         "algorithm.proximal",
-        f"'recomputed': algorithm.mismatch = {c.algorithm.mismatch!r} weighs proximal against behavior, "
-        'and with "behavior" the two are equal',
+        f"'recomputed': algorithm.mismatch = {c.algorithm.mismatch!r} weighs proximal against "
+        'behavior logprobs, and with "behavior" the two are equal',
     )
     yield (
         c.algorithm.mismatch != "masked_is" or c.algorithm.mismatch_low < c.algorithm.mismatch_cap,
@@ -107,7 +109,8 @@ def _limits(c: Config) -> Iterator[tuple[bool, str, str]]:
 
 
 def _unused(c: Config) -> Iterator[tuple[bool, str, tuple[str, ...]]]:
-    """(is in use, the setting that decides it, the keys that then have no effect) within one topic."""
+    """(is in use, the setting that decides it, the keys that then have no effect) within one
+    topic."""
     loss = f"algorithm.loss = {c.algorithm.loss!r}"
     ppo_only = ("level", "clip_form", "clip", "dual_clip")
     yield c.algorithm.loss == "ppo", loss, tuple(f"algorithm.{name}" for name in ppo_only)
@@ -123,18 +126,18 @@ def _doubts(c: Config) -> Iterator[tuple[bool, str]]:
     """(is fine, what to think about) for combinations that are legal and rarely meant."""
     yield (
         c.rollout.max_lag == 0 or c.algorithm.mismatch != "none" or c.algorithm.loss == "aipo",
-        f"algorithm.mismatch = 'none' with rollout.max_lag = {c.rollout.max_lag}: nothing corrects for "
-        "stale rollouts; set \"truncated_is\"",
+        f"algorithm.mismatch = 'none' with rollout.max_lag = {c.rollout.max_lag}: nothing corrects "
+        'for stale rollouts; set "truncated_is"',
     )
     yield (
         c.algorithm.loss != "aipo" or c.algorithm.mismatch == "none",
-        f"algorithm.mismatch = {c.algorithm.mismatch!r} with loss 'aipo', which weighs by the behavior "
-        'logprobs itself: the correction counts twice; set mismatch = "none"',
+        f"algorithm.mismatch = {c.algorithm.mismatch!r} with loss 'aipo', which weighs by the "
+        'behavior logprobs itself: the correction counts twice; set mismatch = "none"',
     )
     yield (
         c.model.device != "cpu" or c.model.dtype == "float32",
-        "model.dtype = 'bfloat16' on a CPU: slow, and logprobs of engine and trainer differ by 0.15 on "
-        'average; set "float32"',
+        "model.dtype = 'bfloat16' on a CPU: slow, and logprobs of engine and trainer differ by 0.15 "
+        'on average; set "float32"',
     )
     yield (
         c.model.path == "tiny" or c.tiny == type(c.tiny)(),

@@ -1,7 +1,9 @@
-"""What can be configured: every key, its type, unit, meaning, and its default in exactly this one place.
+"""What can be configured: every key, its type, unit, meaning, and its default in exactly this one
+place.
 
-The models are frozen and refuse unknown keys. What one key allows is said at the key; what keys allow together
-is in `rules.py`. Sizes end in `_bytes`, durations in `_s`; 0 means "off" only where the key says so.
+The models are frozen and refuse unknown keys. What one key allows is said at the key; what keys
+allow together is in `rules.py`. Sizes end in `_bytes`, durations in `_s`; 0 means "off" only where
+the key says so.
 """
 
 from typing import Any, Literal, Self
@@ -32,14 +34,21 @@ class RunConfig(_Table):
     eval_every: int = Field(
         10, ge=0, description="steps between evaluations; 0 = only before and after training"
     )
-    checkpoint_every: int = Field(10, ge=0, description="steps between checkpoints; 0 = only the last")
+    checkpoint_every: int = Field(
+        10, ge=0, description="steps between checkpoints; 0 = only the last"
+    )
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept on disk")
     trackers: tuple[TrackerName, ...] = Field(
         ("console", "jsonl"), strict=False, description="where metrics go"
     )
-    max_restarts: int = Field(5, ge=0, description="restarts of all actors together before giving up")
+    max_restarts: int = Field(
+        5, ge=0, description="restarts of all actors together before giving up"
+    )
     infra_fault_limit: float = Field(
-        0.2, ge=0, le=1, description="share of recent episodes lost to infra faults that ends the run"
+        0.2,
+        ge=0,
+        le=1,
+        description="share of recent episodes lost to infra faults that ends the run",
     )
 
 
@@ -47,14 +56,22 @@ class ModelConfig(_Table):
     """[model] The policy."""
 
     path: str = Field(
-        "tiny", min_length=1, description='Hugging Face folder or hub id; "tiny" builds one from [tiny]'
+        "tiny",
+        min_length=1,
+        description='Hugging Face folder or hub id; "tiny" builds one from [tiny]',
     )
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of weights and activations")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of weights and activations"
+    )
     device: Literal["cpu", "cuda"] = Field("cpu", description="where engines and trainer compute")
     lora_rank: int = Field(0, ge=0, description="rank of LoRA adapters; 0 = train all parameters")
-    lora_alpha: float = Field(32.0, gt=0, description="LoRA scale; the update is alpha / rank * B A")
+    lora_alpha: float = Field(
+        32.0, gt=0, description="LoRA scale; the update is alpha / rank * B A"
+    )
     lora_targets: str = Field(
-        "all-linear", min_length=1, description='"all-linear" or a regular expression of module names'
+        "all-linear",
+        min_length=1,
+        description='"all-linear" or a regular expression of module names',
     )
 
 
@@ -88,13 +105,17 @@ class EnvironmentConfig(_Table):
         default_factory=dict, description="passed to the environment's constructor"
     )
     workers: int = Field(1, ge=1, description="environment worker processes")
-    max_turns: int = Field(0, ge=0, description="turns per episode; 0 = the environment's own budget")
+    max_turns: int = Field(
+        0, ge=0, description="turns per episode; 0 = the environment's own budget"
+    )
     max_new_tokens: int = Field(64, ge=1, description="generated tokens per turn")
     max_context: int = Field(1024, ge=16, description="tokens of one context, prompt and generated")
     episode_timeout_s: float = Field(
         120, gt=0, description="an episode that takes longer is an infra fault"
     )
-    retries: int = Field(3, ge=0, description="times an episode is played again after an infra fault")
+    retries: int = Field(
+        3, ge=0, description="times an episode is played again after an infra fault"
+    )
     seed: int = Field(0, ge=0, description="seed of the stream of training tasks")
 
 
@@ -143,8 +164,8 @@ class EvaluationConfig(_Table):
 class AlgorithmConfig(_Table):
     """[algorithm] From rewards to a gradient."""
 
-    advantage: Literal["leave_one_out", "group_mean", "group_normalized", "batch_normalized"] = Field(
-        "leave_one_out", description="baseline and scale of rewards within a group"
+    advantage: Literal["leave_one_out", "group_mean", "group_normalized", "batch_normalized"] = (
+        Field("leave_one_out", description="baseline and scale of rewards within a group")
     )
     loss: Literal["ppo", "aipo"] = Field("ppo", description="policy loss")
     level: Literal["token", "turn", "trajectory"] = Field(
@@ -153,14 +174,18 @@ class AlgorithmConfig(_Table):
     clip_form: Literal["code", "paper"] = Field(
         "code", description="ratio bounds: code [1/(1+clip), 1+clip], paper [1-clip, 1+clip] (ppo)"
     )
-    clip: float = Field(0.1, gt=0, description="how far the ratio may move before it is clipped (ppo)")
+    clip: float = Field(
+        0.1, gt=0, description="how far the ratio may move before it is clipped (ppo)"
+    )
     dual_clip: float = Field(
         3.0, ge=0, description="bound c*A of the objective where A < 0 (ppo); 0 = off"
     )
     mismatch: Literal["none", "truncated_is", "masked_is"] = Field(
         "truncated_is", description="weight exp(proximal - behavior): not used, capped, or masked"
     )
-    mismatch_cap: float = Field(2.0, gt=0, description="largest mismatch weight; masked_is: upper end")
+    mismatch_cap: float = Field(
+        2.0, gt=0, description="largest mismatch weight; masked_is: upper end"
+    )
     mismatch_low: float = Field(
         0.5, ge=0, description="masked_is: tokens whose weight is below this are left out"
     )
@@ -172,7 +197,8 @@ class AlgorithmConfig(_Table):
     ] = Field("rollout_mean_over_constant", description="how token losses become one number")
     aipo_rho: float = Field(4.0, ge=1, description="one-sided cap of the importance weight (aipo)")
     aipo_grad: Literal["stopgrad", "through"] = Field(
-        "stopgrad", description="is the capped weight a constant (the paper), or differentiated (aipo)"
+        "stopgrad",
+        description="is the capped weight a constant (the paper), or differentiated (aipo)",
     )
     drop_below: float = Field(
         0.01, ge=0, description="rollouts with a smaller absolute advantage are not trained on"
@@ -224,15 +250,17 @@ class ClusterConfig(_Table):
     address: str = Field(
         "auto",
         min_length=1,
-        description='"auto": the job\'s Ray or RAY_ADDRESS, else a new one in this process; "local": '
-        'always a new one; "none": no Ray, one process; or an address',
+        description='"auto": the job\'s Ray or RAY_ADDRESS, else a new one in this process; '
+        '"local": always a new one; "none": no Ray, one process; or an address',
     )
     cpus: int = Field(0, ge=0, description="CPUs of a Ray started here; 0 = all of the machine")
     object_store_bytes: int = Field(
         128 << 20, ge=80 << 20, description="object store of a Ray started here, bytes"
     )
     start_timeout_s: float = Field(180, gt=0, description="for Ray and for each actor to come up")
-    step_timeout_s: float = Field(600, gt=0, description="for one batch, one update, one evaluation")
+    step_timeout_s: float = Field(
+        600, gt=0, description="for one batch, one update, one evaluation"
+    )
     publish_timeout_s: float = Field(60, gt=0, description="for all engines to hold a new version")
     ping_every_s: float = Field(5, gt=0, description="pause between two signs of life of an actor")
     hang_timeout_s: float = Field(60, gt=0, description="silence after which an actor is restarted")
