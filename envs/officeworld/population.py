@@ -1,0 +1,72 @@
+"""The seeded fictional population every app shares: people, and what lies in their books at the start."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from random import Random
+
+from loopwright.envs.officeworld.state import Row, Tables
+
+FIRST_NAMES = (
+    "Ada Arlo Bea Bram Cleo Cyrus Dora Dev Edda Enzo Faye Finn Gita Gus Hana Hugo Ines Ivo Jada Joel Kira Kurt "
+    "Lena Luca Mara Milo Nell Noor Olga Otto Pia Paul Rosa Remy Sara Sven Tess Theo Uma Vera Vito Wren Yara Zeno"
+).split()
+LAST_NAMES = "Amberly Brock Calder Dunmore Eastwick Farrow Gale Holloway Inskip Joplin Kestrel Lark Mosswood".split()
+DAYS = ("mon", "tue", "wed", "thu", "fri")
+TITLES = ("lunch", "gym", "call", "review", "demo", "walk")
+WORDS = ("yes", "no", "late", "thanks", "ready", "sick", "busy", "hello")
+EVENTS_A_DAY = 2
+INBOX = 6
+
+
+def draw_ids(rng: Random, count: int) -> list[int]:
+    """`count` distinct ids; two digits as long as they suffice."""
+    return rng.sample(range(10, 99 if count <= 60 else 10 + 4 * count), count)
+
+
+def _names(rng: Random, count: int, *, full: bool) -> Sequence[str]:
+    if not full:
+        return rng.sample(FIRST_NAMES, count)
+    return rng.sample([f"{first} {last}" for first in FIRST_NAMES for last in LAST_NAMES], count)
+
+
+def _events(rng: Random, people: Sequence[int]) -> dict[int, Row]:
+    slots = [(day, title) for day in DAYS for title in rng.sample(TITLES, EVENTS_A_DAY)]
+    events: dict[int, Row] = {}
+    for event_id, (day, title) in zip(draw_ids(rng, len(slots)), slots, strict=True):
+        guests = tuple(rng.sample(people, 2))
+        events[event_id] = {"title": title, "day": day, "hour": rng.randrange(8, 18), "guests": guests}
+    return events
+
+
+@lru_cache(maxsize=256)
+def generate(seed: int, size: int, full: bool) -> Tables:
+    """The base of world `seed` with `size` people (4 … 44, or 4 … 500 with full names). The result is shared."""
+    rng = Random(f"population/{seed}/{size}/{full}")
+    people = draw_ids(rng, size)
+    names = _names(rng, size, full=full)
+    contacts: dict[int, Row] = {
+        i: {"name": name, "phone": rng.randrange(10, 100)} for i, name in zip(people, names, strict=True)
+    }
+    senders = rng.sample(people, min(INBOX, size))
+    asking = rng.sample(senders, 2)
+    inbox: dict[int, Row] = {}
+    for message_id, sender in zip(draw_ids(rng, len(senders)), senders, strict=True):
+        text = f"owe {rng.randrange(1, 20)}" if sender in asking else rng.choice(WORDS)
+        inbox[message_id] = {"sender": sender, "text": text}
+    requests: dict[int, Row] = {
+        i: {"person": person, "amount": rng.randrange(1, 20), "state": "open"}
+        for i, person in zip(draw_ids(rng, 3), rng.sample(people, 3), strict=True)
+    }
+    transfers: dict[int, Row] = {
+        i: {"to": rng.choice(people), "amount": rng.randrange(1, 20)} for i in draw_ids(rng, 2)
+    }
+    return {
+        "contacts": contacts,
+        "account": {1: {"balance": rng.randrange(30, 70)}},
+        "transfers": transfers,
+        "requests": requests,
+        "charges": {},
+        "inbox": inbox,
+        "sent": {},
+        "events": _events(rng, people),
+    }
