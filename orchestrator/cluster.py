@@ -1,0 +1,298 @@
+"""The one module that imports Ray: placing actors, calling them with a deadline, killing and counting them.
+
+`RayCluster` and `InProcess` offer the same four verbs (`spawn`, `client`, `shutdown`, and `Actor.call`), so the
+same loop runs on a cluster and, with `cluster.address = "none"`, inside one process.
+"""
+
+import asyncio
+import contextlib
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import loopwright
+from loopwright.actors.engine import Completion, GenerateRequest
+from loopwright.actors.episode import EngineLost, Generate
+from loopwright.orchestrator.faults import ActorLost, DeadlinePassed, RunError
+
+ROOT = str(Path(loopwright.__path__[0]).parent if Path(loopwright.__path__[0]).name == "loopwright"
+           else Path(loopwright.__path__[0]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """What one process gets."""
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+    threads: int = 1
+    environment: Mapping[str, str] = field(default_factory=dict)
+    same_node_as: "Actor | None" = None  # shared memory reaches no further than a node
+
+
+class Actor(Protocol):
+    """One long-lived process, seen from the controller."""
+
+    name: str
+
+    async def call(self, method: str, *args: Any, timeout_s: float, waiting_for: str) -> Any:
+        """Call a method. Raises `ActorLost`, `DeadlinePassed` (naming `waiting_for`), or what the method raised."""
+        ...
+
+    async def restart(self) -> None:
+        """Kill the process and let a fresh one run the constructor; the actor stays the same."""
+        ...
+
+    def generate_client(self) -> Generate:
+        """A picklable callable that asks this rollout actor for a turn; raises `EngineLost` when it is gone."""
+        ...
+
+
+class Cluster(Protocol):
+    """Where actors live."""
+
+    description: str
+
+    def spawn(self, name: str, target: str, args: tuple[Any, ...], placement: Placement) -> Actor:
+        """Start `module:Class` as an actor; returns before its constructor has run."""
+        ...
+
+    def shutdown(self) -> None:
+        """End every actor spawned here, and the cluster too if this process started it."""
+        ...
+
+
+def _load(target: str) -> Callable[..., Any]:
+    module, _, name = target.partition(":")
+    loaded: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return loaded
+
+
+class InProcessActor:
+    """An actor without a process: the same object, called directly. Blocking methods run on a thread."""
+
+    def __init__(self, name: str, build: Callable[[], Any]) -> None:
+        self.name = name
+        self._build = build
+        self._object = build()
+
+    async def call(self, method: str, *args: Any, timeout_s: float, waiting_for: str) -> Any:
+        """As `Actor.call`; nothing can be lost here."""
+        bound = getattr(self._object, method)
+        work = bound(*args) if asyncio.iscoroutinefunction(bound) else asyncio.to_thread(bound, *args)
+        try:
+            return await asyncio.wait_for(work, timeout_s)
+        except TimeoutError:
+            raise DeadlinePassed(f"{self.name}: {waiting_for}: no answer within {timeout_s:g} s") from None
+
+    async def restart(self) -> None:
+        """A fresh object."""
+        self._object = self._build()
+
+    def generate_client(self) -> Generate:
+        """The object's own `generate`, whichever object that is at the time."""
+
+        async def generate(request: GenerateRequest) -> Completion:
+            completion: Completion = await self._object.generate(request)
+            return completion
+
+        return generate
+
+
+class InProcess:
+    """Everything in this process: for reading along in a debugger, and for machines without Ray."""
+
+    description = "this process, no Ray"
+
+    def spawn(self, name: str, target: str, args: tuple[Any, ...], placement: Placement) -> Actor:
+        """As `Cluster.spawn`; placement has no meaning here."""
+        return InProcessActor(name, lambda: _load(target)(*args))
+
+    def shutdown(self) -> None:
+        """Nothing to end."""
+
+
+@dataclass(frozen=True, slots=True)
+class RayGenerate:
+    """Asks a rollout actor for one turn; lives in the environment worker."""
+
+    handle: Any  # ray.actor.ActorHandle
+    name: str
+
+    async def __call__(self, request: GenerateRequest) -> Completion:
+        """One completion. Raises `EngineLost` when the actor's process is gone or not yet serving."""
+        import ray
+
+        try:
+            completion: Completion = await self.handle.generate.remote(request)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, Exception) else error from None
+        except ray.exceptions.RayError as error:
+            raise EngineLost(f"{self.name}: {type(error).__name__}") from None
+        return completion
+
+
+class RayActor:
+    """A Ray actor and the rules for talking to it: a deadline on each call, a method never run twice."""
+
+    def __init__(self, name: str, handle: Any) -> None:
+        self.name = name
+        self.handle = handle
+
+    async def call(self, method: str, *args: Any, timeout_s: float, waiting_for: str) -> Any:
+        """As `Actor.call`."""
+        import ray
+
+        try:
+            return await asyncio.wait_for(getattr(self.handle, method).remote(*args), timeout_s)
+        except TimeoutError:
+            raise DeadlinePassed(f"{self.name}: {waiting_for}: no answer within {timeout_s:g} s") from None
+        except ray.exceptions.ActorDiedError as error:
+            raise ActorLost(f"{self.name}: died for good during {waiting_for}: {_last_line(error)}") from None
+        except ray.exceptions.RayActorError as error:
+            raise ActorLost(f"{self.name}: {type(error).__name__} during {waiting_for}") from None
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, Exception) else error
+            if isinstance(cause, ray.exceptions.RayError):
+                raise ActorLost(f"{self.name}: {_last_line(cause)} during {waiting_for}") from None
+            raise cause from None
+
+    async def restart(self) -> None:
+        """Kill; Ray runs the constructor again in a new process."""
+        import ray
+
+        with contextlib.suppress(ray.exceptions.RayError, ValueError):
+            ray.kill(self.handle, no_restart=False)
+
+    def generate_client(self) -> Generate:
+        """Carried to the environment workers by Ray."""
+        return RayGenerate(self.handle, self.name)
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+class RayCluster:
+    """A Ray cluster that was found, or one started for this run only."""
+
+    def __init__(self, address: str, *, cpus: int, object_store_bytes: int, needed_cpus: float) -> None:
+        import ray
+
+        # A driver that warns about its own worker logs hides the one line that matters.
+        os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+        self._owned = False
+        self._actors: list[RayActor] = []
+        logging.getLogger("ray").setLevel(logging.WARNING)
+        if address in ("auto", "local"):
+            found = address == "auto" and _running_address()
+            if found:
+                ray.init(address=found, log_to_driver=False, logging_level=logging.WARNING)
+            else:
+                self._owned = True
+                ray.init(
+                    address="local", num_cpus=max(cpus or os.cpu_count() or 1, int(needed_cpus + 0.999)),
+                    object_store_memory=object_store_bytes, include_dashboard=False,
+                    log_to_driver=False, logging_level=logging.WARNING,
+                )
+        else:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        self._check(needed_cpus)
+        where = "started here" if self._owned else "found"
+        self.description = f"Ray {ray.__version__}, {where}, {_resources(ray.cluster_resources())}"
+
+    def _check(self, needed_cpus: float) -> None:
+        import ray
+
+        free = ray.available_resources().get("CPU", 0.0)
+        if not self._owned and free < needed_cpus:
+            raise RunError(
+                f"the Ray cluster has {free:g} free CPUs, this run needs {needed_cpus:g}: stop other jobs, "
+                "or ask for less (rollout.engines, environment.workers, trainer.threads, rollout.threads)"
+            )
+
+    def spawn(self, name: str, target: str, args: tuple[Any, ...], placement: Placement) -> Actor:
+        """As `Cluster.spawn`. Ray restarts a lost process by itself; the supervisor counts how often."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        variables = {
+            "OMP_NUM_THREADS": str(placement.threads), "MKL_NUM_THREADS": str(placement.threads),
+            "TOKENIZERS_PARALLELISM": "false", **placement.environment,
+        }
+        if self._owned:  # elsewhere the job's working directory or the cluster's image provides the package
+            variables["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
+        options: dict[str, Any] = {
+            "num_cpus": placement.cpus, "num_gpus": placement.gpus, "max_restarts": -1, "max_task_retries": 0,
+            "runtime_env": {"env_vars": variables},
+        }
+        near = placement.same_node_as
+        if isinstance(near, RayActor):
+            node = ray.get(near.handle.__ray_call__.remote(_node_id), timeout=300)
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
+        cls = _load(target)
+        if not _is_asynchronous(cls):
+            options["max_concurrency"] = 2  # so that a ping is answered during a long step
+        actor = RayActor(name, ray.remote(cls).options(**options).remote(*args))
+        self._actors.append(actor)
+        return actor
+
+    def shutdown(self) -> None:
+        """Kill what was spawned here; stop Ray where this process started it."""
+        import ray
+
+        for actor in self._actors:
+            with contextlib.suppress(ray.exceptions.RayError, ValueError):
+                ray.kill(actor.handle, no_restart=True)
+        self._actors.clear()
+        ray.shutdown()
+
+
+def _node_id(_: Any) -> str:
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def _is_asynchronous(cls: Callable[..., Any]) -> bool:
+    return any(asyncio.iscoroutinefunction(value) for value in vars(cls).values())
+
+
+def _running_address() -> str | None:
+    """The address of a cluster this process belongs to: a submitted job's, or the one RAY_ADDRESS names."""
+    return os.environ.get("RAY_ADDRESS")
+
+
+def _resources(resources: Mapping[str, float]) -> str:
+    gpus = f", {resources['GPU']:g} GPUs" if "GPU" in resources else ""
+    return f"{resources.get('CPU', 0):g} CPUs{gpus}"
+
+
+def connect(address: str, *, cpus: int, object_store_bytes: int, needed_cpus: float) -> Cluster:
+    """The cluster that `cluster.address` names: `none`, `local`, `auto`, or an address."""
+    if address == "none":
+        return InProcess()
+    if "ray" not in sys.modules:
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        return RayCluster(
+            address, cpus=cpus, object_store_bytes=object_store_bytes, needed_cpus=needed_cpus
+        )
+    except (ConnectionError, OSError, RuntimeError) as error:
+        raise RunError(f"no Ray at cluster.address = {address!r}: {error}") from error
+
+
+async def first_exception(*work: Awaitable[Any]) -> list[Any]:
+    """Run side by side; the first failure cancels the rest and is raised as itself, not as a group."""
+    tasks = [asyncio.ensure_future(w) for w in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -1,0 +1,34 @@
+"""What can go wrong on the way to an actor, and how a run ends.
+
+    RunError                 the run ends, the text is the last line of its log
+      ActorLost              the process died or its node did; the supervisor restarts it
+      DeadlinePassed         nothing came back in time; the text says who was to answer and what
+"""
+
+
+class RunError(Exception):
+    """The run cannot go on; the text says what, which value, the limit and the remedy."""
+
+
+class ActorLost(RunError):
+    """The actor's process is gone, or restarting; the call may or may not have been executed."""
+
+
+class DeadlinePassed(RunError):
+    """An actor did not answer in time."""
+
+
+class RestartBudget:
+    """How many restarts of actors a run may spend, all actors together."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.spent = 0
+
+    def spend(self, why: str) -> None:
+        """Count one; raises `RunError` beyond the limit."""
+        self.spent += 1
+        if self.spent > self.limit:
+            raise RunError(
+                f"{self.spent} actors were lost, run.max_restarts allows {self.limit}; the last one: {why}"
+            )

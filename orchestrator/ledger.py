@@ -1,0 +1,202 @@
+"""The ledger: what was drawn, played, trained and published, so that nothing paid for is lost.
+
+Append-only msgpack frames, each `length u32 | crc32 of payload | crc32 of both | payload`, in `ledger/*.frames`. One writer, the controller.
+A rollout is written when it arrives; the file is fsynced before its group counts as finished. Opening cuts a torn
+tail (the process died while writing) and says so; damage before the end is refused with its offset.
+
+Ticket order makes recovery simple: step s trains tickets [(s-1)·P, s·P), so the rollouts on record are all that is
+needed to train any step again, bit for bit where the arithmetic is deterministic.
+"""
+
+import os
+import struct
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgpack
+
+from loopwright.algorithms.records import Outcome, Rollout, decode
+from loopwright.orchestrator.faults import RunError
+
+_HEADER = struct.Struct("<III")
+_HEADER_BODY = struct.Struct("<II")
+_FILE = "ledger.frames"
+
+
+class LedgerError(RunError):
+    """The ledger cannot be read or written."""
+
+
+@dataclass(slots=True)
+class LedgerState:
+    """What a ledger says, read from the start."""
+
+    rollouts: dict[int, dict[int, bytes]] = field(default_factory=lambda: defaultdict(dict))
+    trained: dict[int, list[tuple[int, int]]] = field(default_factory=dict)  # step -> (ticket, attempt) in it
+    checksums: dict[int, int] = field(default_factory=dict)  # version -> checksum of all weights
+    voids: dict[int, str] = field(default_factory=dict)  # ticket -> why no group came of it
+    checkpoints: list[int] = field(default_factory=list)
+    cut_bytes: int = 0  # torn tail that was removed
+
+
+def read_frames(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(offset, record) of each whole frame. Stops at a torn tail; raises `LedgerError` at damage before it."""
+    data = path.read_bytes()
+    offset = 0
+    while offset + _HEADER.size <= len(data):
+        length, checksum, header_checksum = _HEADER.unpack_from(data, offset)
+        if zlib.crc32(data[offset : offset + _HEADER_BODY.size]) != header_checksum:
+            if not any(data[offset:]):  # a file system may leave zeros where a write was cut off
+                return
+            raise LedgerError(f"{path}: frame header at byte {offset} is damaged; restore the file")
+        payload = data[offset + _HEADER.size : offset + _HEADER.size + length]
+        if len(payload) < length:
+            return
+        if zlib.crc32(payload) != checksum:
+            if offset + _HEADER.size + length >= len(data):
+                return
+            raise LedgerError(
+                f"{path}: frame at byte {offset} ({length} bytes) is damaged: checksum {zlib.crc32(payload):08x}, "
+                f"expected {checksum:08x}; restore the file, or cut it there to lose what follows"
+            )
+        yield offset, msgpack.unpackb(payload, strict_map_key=False)
+        offset += _HEADER.size + length
+
+
+class Ledger:
+    """The open ledger of a run."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.path = directory / _FILE
+        self.state = read(self.path) if self.path.exists() else LedgerState()
+        if self.state.cut_bytes:
+            os.truncate(self.path, self.path.stat().st_size - self.state.cut_bytes)
+        self._file: BinaryIO = self.path.open("ab")
+
+    def rollout(self, ticket: int, data: bytes) -> None:
+        """A finished rollout, as encoded by the worker."""
+        rollout: Rollout = decode(data)
+        self._write({"kind": "rollout", "ticket": ticket, "attempt": rollout.attempt, "data": data})
+        self.state.rollouts[ticket][rollout.attempt] = data
+
+    def group(self, ticket: int, task: bytes, void: str = "") -> None:
+        """The group of a ticket is finished (or void, and why); on disk when this returns."""
+        self._write({"kind": "group", "ticket": ticket, "task": task, "void": void})
+        if void:
+            self.state.voids[ticket] = void
+        self._sync()
+
+    def step(self, step: int, trained: list[tuple[int, int]], checksum: int) -> None:
+        """Step `step` trained these (ticket, attempt) and published weights with this checksum."""
+        self._write({"kind": "step", "step": step, "trained": trained, "checksum": checksum})
+        self.state.trained[step] = trained
+        self.state.checksums[step] = checksum
+        self._sync()
+
+    def checkpoint(self, step: int) -> None:
+        """A checkpoint of `step` is whole and in place."""
+        self._write({"kind": "checkpoint", "step": step})
+        self.state.checkpoints.append(step)
+        self._sync()
+
+    def forget_before(self, step: int, groups_per_step: int) -> None:
+        """Free the memory of rollouts that no recovery from `step` can need; the file keeps them."""
+        for ticket in [t for t in self.state.rollouts if t < step * groups_per_step]:
+            del self.state.rollouts[ticket]
+
+    def close(self) -> None:
+        """Flush and close."""
+        if not self._file.closed:
+            self._sync()
+            self._file.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        payload = msgpack.packb(record)
+        try:
+            self._file.write(_frame(payload))
+            self._file.flush()
+        except OSError as error:
+            raise LedgerError(_no_room(self.path, error)) from error
+
+    def _sync(self) -> None:
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise LedgerError(_no_room(self.path, error)) from error
+
+
+def _frame(payload: bytes) -> bytes:
+    body = _HEADER_BODY.pack(len(payload), zlib.crc32(payload))
+    return _HEADER.pack(len(payload), zlib.crc32(payload), zlib.crc32(body)) + payload
+
+
+def _no_room(path: Path, error: OSError) -> str:
+    return (
+        f"cannot write {path}: {error.strerror}. Everything up to the last finished group is on record: "
+        "free space, then run the same command with --resume"
+    )
+
+
+def read(path: Path) -> LedgerState:
+    """What the ledger at `path` says; `cut_bytes` is the length of a torn tail."""
+    state = LedgerState()
+    end = 0
+    for offset, record in read_frames(path):
+        _apply(state, record, path, offset)
+        end = offset + _HEADER.size + len(msgpack.packb(record))
+    state.cut_bytes = path.stat().st_size - end
+    return state
+
+
+def _apply(state: LedgerState, record: dict[str, Any], path: Path, offset: int) -> None:
+    kind = record.get("kind")
+    if kind == "rollout":
+        state.rollouts[record["ticket"]][record["attempt"]] = record["data"]
+    elif kind == "group":
+        if record["void"]:
+            state.voids[record["ticket"]] = record["void"]
+    elif kind == "step":
+        state.trained[record["step"]] = [tuple(pair) for pair in record["trained"]]
+        state.checksums[record["step"]] = record["checksum"]
+    elif kind == "checkpoint":
+        state.checkpoints.append(record["step"])
+    else:
+        raise LedgerError(f"{path}: record of unknown kind {kind!r} at byte {offset}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Audit:
+    """Whether every finished rollout was used exactly once."""
+
+    finished: int
+    trained: int
+    unused: tuple[tuple[int, int], ...]  # finished for a trained step, but not in it
+    twice: tuple[tuple[int, int], ...]
+    unknown: tuple[tuple[int, int], ...]  # trained, but not on record
+
+
+def audit(path: Path, *, groups_per_step: int) -> Audit:
+    """Compare what was finished with what the surviving history of steps trained on."""
+    state = read(path)
+    last = max(state.trained, default=0)
+    finished = {
+        (ticket, attempt)
+        for ticket, attempts in state.rollouts.items()
+        for attempt, data in attempts.items()
+        if decode(data).outcome is not Outcome.INFRA_FAULT and ticket not in state.voids
+    }
+    trained = [pair for step in sorted(state.trained) for pair in state.trained[step]]
+    due = {pair for pair in finished if pair[0] < last * groups_per_step}
+    return Audit(
+        finished=len(finished),
+        trained=len(trained),
+        unused=tuple(sorted(due - set(trained))),
+        twice=tuple(sorted({pair for pair in trained if trained.count(pair) > 1})),
+        unknown=tuple(sorted(set(trained) - finished)),
+    )

@@ -1,0 +1,203 @@
+"""The parts of a run and the verbs of its loop: each verb is timed, recorded, and safe to repeat after a crash."""
+
+import asyncio
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loopwright.actors.episode import EpisodeLimits
+from loopwright.algorithms.batching import BatchReport, build_batch
+from loopwright.algorithms.records import Group, Outcome, Rollout, TrainBatch, decode, encode
+from loopwright.envs.protocol import Task, TaskError, encode_task
+from loopwright.orchestrator.buffer import GroupBuffer
+from loopwright.orchestrator.evaluation import evaluate
+from loopwright.orchestrator.faults import RunError
+from loopwright.orchestrator.ledger import Ledger, LedgerError
+from loopwright.orchestrator.pool import Pool, episode_seed
+from loopwright.orchestrator.recorder import Recorder
+from loopwright.orchestrator.tasks import TaskStream
+from loopwright.orchestrator.training import Training
+
+
+@dataclass(slots=True, kw_only=True)
+class Parts:
+    """Everything one run is made of; `loop.train` reads as its verbs."""
+
+    folder: Path
+    steps: int
+    samplers: int  # groups played at the same time
+    seed: int
+    group_size: int
+    advantage: str
+    drop_below: float
+    step_timeout_s: float
+    max_seconds: float  # 0: no limit
+    eval_every: int
+    checkpoint_every: int
+    keep_checkpoints: int
+    limits: EpisodeLimits
+    eval_limits: EpisodeLimits
+    eval_tasks: list[Task]
+    eval_seed: int
+    stream: TaskStream
+    buffer: GroupBuffer
+    pool: Pool
+    training: Training
+    ledger: Ledger
+    recorder: Recorder
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    report: BatchReport | None = None
+    started: float = field(default_factory=time.monotonic)
+
+    async def take(self, step: int) -> list[Group] | None:
+        """The groups of this step; None once the run was asked to stop or its time is over."""
+        if self.stop.is_set() or (self.max_seconds and time.monotonic() - self.started > self.max_seconds):
+            return None
+        with self.recorder.timed("take"):
+            taking = asyncio.ensure_future(self.buffer.take(timeout_s=self.step_timeout_s))
+            stopping = asyncio.ensure_future(self.stop.wait())
+            try:
+                await asyncio.wait([taking, stopping], return_when=asyncio.FIRST_COMPLETED)
+                return taking.result() if taking.done() else None
+            finally:
+                taking.cancel()
+                stopping.cancel()
+
+    def batch(self, step: int, groups: Sequence[Group]) -> TrainBatch:
+        """Filter, advantage, flatten. A group with fewer than two rollouts has no baseline and is left out."""
+        whole = [group for group in groups if len(group.rollouts) > 1]
+        batch, self.report = build_batch(whole, step, self.advantage, self.drop_below)
+        return batch
+
+    async def update(self, step: int, batch: TrainBatch) -> None:
+        """The trainer's step."""
+        with self.recorder.timed("train"):
+            self.recorder.add(await self.training.step(step, encode(batch)))
+
+    async def publish(self, step: int) -> None:
+        """Trainer → channel → every engine, proven by checksums."""
+        with self.recorder.timed("publish"):
+            manifest = await self.training.publish(step)
+            reports = await self.pool.publish(manifest)
+        self.recorder.published(manifest, reports)
+
+    async def record(self, step: int, groups: Sequence[Group]) -> None:
+        """Ledger first, then metrics."""
+        trained = [(g.ticket, r.attempt) for g in groups if len(g.rollouts) > 1 for r in g.rollouts]
+        self.ledger.step(step, trained, self.recorder.weights_checksum)
+        self.stream.forget_before((step - 1) * self.buffer.groups_per_step)
+        assert self.report is not None, "batch comes first"
+        self.recorder.step(step, self.report, groups, self.pool, self.buffer)
+
+    async def play_group(self, ticket: int) -> Group:
+        """All rollouts of a ticket's task. What is on record from before a crash is not played again."""
+        task = self.stream[ticket]
+        void = self.ledger.state.voids.get(ticket, "")
+        on_record = self.ledger.state.rollouts.get(ticket, {})
+        missing = [] if void else [k for k in range(self.group_size) if k not in on_record]
+        rollouts: list[Rollout] = [decode(on_record[k]) for k in sorted(on_record) if not void]
+        if missing:
+            played = await asyncio.gather(
+                *(self._play(task, ticket, k) for k in missing), return_exceptions=True
+            )
+            broken = [p for p in played if isinstance(p, BaseException)]
+            for error in broken:
+                if not isinstance(error, TaskError):
+                    raise error
+            void = f"task quarantined: {broken[0]}" if broken else ""
+            rollouts = [] if void else rollouts + [p for p in played if isinstance(p, Rollout)]
+            self.ledger.group(ticket, encode_task(task), void)
+            if void:
+                self.recorder.event("task_quarantined", task=task.id, why=void)
+        scored = sorted(
+            (r for r in rollouts if r.outcome is not Outcome.INFRA_FAULT), key=lambda r: r.attempt
+        )
+        return Group(ticket=ticket, task_id=task.id, rollouts=tuple(scored))
+
+    async def _play(self, task: Task, ticket: int, attempt: int) -> Rollout:
+        rollout, encoded = await self.pool.play(
+            task, attempt, seed=episode_seed(self.seed + ticket, task, attempt), priority=ticket,
+            limits=self.limits,
+        )
+        self.ledger.rollout(ticket, encoded)
+        self.recorder.played(rollout)
+        return rollout
+
+    def evaluation_due(self, step: int) -> bool:
+        """After every `eval_every` steps, and after the last."""
+        return step == self.steps or bool(self.eval_every and step % self.eval_every == 0)
+
+    async def evaluate(self, step: int) -> float:
+        """Held-out success at this version, 0–1."""
+        with self.recorder.timed("evaluate"):
+            metrics = await evaluate(
+                self.pool, self.eval_tasks, self.eval_limits, seed=self.eval_seed,
+                timeout_s=self.step_timeout_s, progress=self.recorder.progress("evaluate"),
+            )
+        self.recorder.evaluated(step, metrics)
+        return metrics["eval/success"]
+
+    def checkpoint_due(self, step: int) -> bool:
+        """After every `checkpoint_every` steps, and after the last."""
+        return step == self.steps or bool(self.checkpoint_every and step % self.checkpoint_every == 0)
+
+    async def checkpoint(self, step: int) -> Path:
+        """Write `checkpoints/step-N` aside, then rename it: it is whole or it is not there."""
+        final = self.folder / "checkpoints" / f"step-{step}"
+        aside = final.with_name(f"{final.name}.partial")
+        with self.recorder.timed("checkpoint"):
+            await self.training.save(aside, step)
+            try:
+                state = {"step": step, **self.recorder.state()}
+                (aside / "run_state.json").write_text(json.dumps(state, indent=1))
+                await asyncio.to_thread(_put_in_place, aside, final)
+            except OSError as error:
+                raise LedgerError(
+                    f"cannot write {final}: {error.strerror}; the ledger holds every finished rollout: "
+                    "free space, then run the same command with --resume"
+                ) from error
+        self.training.saved(final, step)
+        self.ledger.checkpoint(step)
+        self.ledger.forget_before(step, self.buffer.groups_per_step)
+        self.recorder.event("checkpoint", step=step, path=str(final))
+        self._drop_checkpoints()
+        return final
+
+    def _drop_checkpoints(self) -> None:
+        kept = checkpoints(self.folder)
+        for _, path in kept[: -self.keep_checkpoints]:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every whole checkpoint of a run, oldest first."""
+    found = (folder / "checkpoints").glob("step-*")
+    whole = [(int(p.name.removeprefix("step-")), p) for p in found if p.name.removeprefix("step-").isdigit()]
+    return sorted((step, path) for step, path in whole if (path / "run_state.json").exists())
+
+
+def _put_in_place(aside: Path, final: Path) -> None:
+    if final.exists():
+        shutil.rmtree(final)
+    aside.rename(final)
+    folder = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_run_state(path: Path) -> dict[str, Any]:
+    """What the controller knew when the checkpoint at `path` was written."""
+    try:
+        state: dict[str, Any] = json.loads((path / "run_state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}/run_state.json cannot be read: {error}") from error
+    return state
+
+

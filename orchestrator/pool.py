@@ -1,0 +1,289 @@
+"""The pool: rollout actors and environment workers, who plays what, and what happens when one dies.
+
+An episode stays with one engine for all its turns (its prefix is cached there); a new one goes to the engine, and
+to the worker, with the fewest episodes. A lost actor is restarted by Ray; the pool gives a restarted engine the
+current weights before it counts as ready, and plays the episodes that were cut off again.
+"""
+
+import asyncio
+import zlib
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from loopwright.actors.engine import EngineError, EngineStats, OnUpdate, UpdateReport
+from loopwright.actors.env_worker import EpisodeOrder
+from loopwright.actors.episode import ENGINE_FAULT, EpisodeLimits
+from loopwright.actors.weights import WeightManifest
+from loopwright.algorithms.records import Outcome, Rollout, decode
+from loopwright.envs.protocol import Task, encode_task
+from loopwright.orchestrator.cluster import Actor, first_exception
+from loopwright.orchestrator.faults import ActorLost, DeadlinePassed, RestartBudget, RunError
+
+Event = Callable[..., None]  # event(kind, **fields)
+
+
+class WeightsNotProven(RunError):
+    """An engine does not hold what was published."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deadlines:
+    """How long to wait for whom, seconds."""
+
+    start_s: float
+    publish_s: float
+    ping_every_s: float
+    hang_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaultLimits:
+    """When to give up."""
+
+    retries: int  # of one episode, after faults of its environment
+    infra_fault_share: float  # of the recent episodes
+    window: int = 200  # episodes that count as recent
+
+
+@dataclass(slots=True, eq=False)
+class _Member:
+    """One actor of the pool."""
+
+    actor: Actor
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+    episodes: int = 0
+    stats: EngineStats | None = None
+
+
+class Pool:
+    """All that plays episodes. `start` it once; `play` from as many coroutines as you like."""
+
+    def __init__(
+        self, engines: list[Actor], workers: list[Actor], *, deadlines: Deadlines, faults: FaultLimits,
+        restarts: RestartBudget, on_update: OnUpdate, event: Event,
+    ) -> None:
+        self._engines = [_Member(actor) for actor in engines]
+        self._workers = [_Member(actor) for actor in workers]
+        self._deadlines = deadlines
+        self._faults = faults
+        self._restarts = restarts
+        self._on_update = on_update
+        self._event = event
+        self._manifest: WeightManifest | None = None
+        self._publishing = asyncio.Lock()
+        self._recent: deque[bool] = deque(maxlen=faults.window)
+        self._recovering: dict[_Member, asyncio.Task[None]] = {}
+        self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.infra_faults = 0
+
+    @property
+    def playing(self) -> int:
+        """Episodes being played."""
+        return sum(m.episodes for m in self._workers)
+
+    def engine_stats(self) -> list[EngineStats]:
+        """The newest counters of each engine that has answered."""
+        return [m.stats for m in self._engines if m.stats is not None]
+
+    async def start(self, manifest: WeightManifest) -> list[UpdateReport]:
+        """Bring everyone up, side by side, and give the engines their first weights."""
+        await first_exception(
+            *(self._start_engine(m) for m in self._engines), *(self._start_worker(m) for m in self._workers)
+        )
+        return await self.publish(manifest)
+
+    async def publish(self, manifest: WeightManifest) -> list[UpdateReport]:
+        """Every engine takes the weights and proves it. An engine that dies meanwhile is restarted and then
+        given them; raises `WeightsNotProven` with the names of the tensors that differ."""
+        async with self._publishing:
+            self._manifest = manifest
+            reports = await first_exception(*(self._publish_to(m) for m in self._engines if m.ready.is_set()
+                                              or m not in self._recovering))
+        return [r for r in reports if r is not None]
+
+    async def play(
+        self, task: Task, attempt: int, *, seed: int, priority: int, limits: EpisodeLimits
+    ) -> tuple[Rollout, bytes]:
+        """One finished rollout and its encoding. Episodes cut off by a lost actor are played again without limit
+        but `max_restarts`; those whose environment failed, `retries` times, then the fault itself is returned."""
+        data = encode_task(task)
+        environment_faults = 0
+        while True:
+            engine, worker = await self._least_loaded(self._engines), await self._least_loaded(self._workers)
+            order = EpisodeOrder(
+                task=data, attempt=attempt, engine=self._engines.index(engine), seed=seed, priority=priority,
+                limits=limits,
+            )
+            encoded = await self._play_once(engine, worker, order, task)
+            if encoded is None:
+                continue
+            rollout: Rollout = decode(encoded)
+            if rollout.outcome is Outcome.INFRA_FAULT and rollout.fault.startswith(ENGINE_FAULT):
+                self._recover(engine, rollout.fault)
+                continue
+            self._count(rollout, task)
+            environment_faults += rollout.outcome is Outcome.INFRA_FAULT
+            if rollout.outcome is not Outcome.INFRA_FAULT or environment_faults > self._faults.retries:
+                return rollout, encoded
+
+    async def watch(self) -> None:
+        """Ping everyone for ever: finds deaths that nobody's call runs into, and hangs that nothing else finds.
+        Raises what made the pool unusable."""
+        while True:
+            await asyncio.wait([self._broken], timeout=self._deadlines.ping_every_s)
+            if self._broken.done():
+                self._broken.result()
+            await asyncio.gather(*(self._ping(m) for m in self._engines + self._workers))
+
+    async def close(self) -> None:
+        """Stop recovering. The actors are the cluster's to end."""
+        for task in self._recovering.values():
+            task.cancel()
+        await asyncio.gather(*self._recovering.values(), return_exceptions=True)
+        if self._broken.done() and not self._broken.cancelled():
+            self._broken.exception()  # seen: it was raised elsewhere, or the run is over anyway
+
+    async def _play_once(
+        self, engine: _Member, worker: _Member, order: EpisodeOrder, task: Task
+    ) -> bytes | None:
+        engine.episodes += 1
+        worker.episodes += 1
+        try:
+            encoded: bytes = await worker.actor.call(
+                "play", order, timeout_s=order.limits.timeout_s + self._deadlines.hang_s,
+                waiting_for=f"episode {task.id}, attempt {order.attempt}",
+            )
+        except (ActorLost, DeadlinePassed) as error:
+            self._recover(worker, str(error), kill=isinstance(error, DeadlinePassed))
+            return None
+        finally:
+            engine.episodes -= 1
+            worker.episodes -= 1
+        return encoded
+
+    async def _least_loaded(self, members: list[_Member]) -> _Member:
+        while not any(m.ready.is_set() for m in members):
+            waits = [asyncio.ensure_future(m.ready.wait()) for m in members]
+            try:
+                await asyncio.wait([*waits, self._broken], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for wait in waits:
+                    wait.cancel()
+            if self._broken.done():
+                self._broken.result()
+        return min((m for m in members if m.ready.is_set()), key=lambda m: m.episodes)
+
+    def _count(self, rollout: Rollout, task: Task) -> None:
+        fault = rollout.outcome is Outcome.INFRA_FAULT
+        self._recent.append(fault)
+        if not fault:
+            return
+        self.infra_faults += 1
+        self._event("infra_fault", task=task.id, attempt=rollout.attempt, fault=rollout.fault)
+        share = sum(self._recent) / len(self._recent)
+        if len(self._recent) >= 20 and share > self._faults.infra_fault_share:
+            self._break(RunError(
+                f"{share:.0%} of the last {len(self._recent)} episodes were infra faults, "
+                f"run.infra_fault_limit is {self._faults.infra_fault_share:.0%}; the last one: {rollout.fault}"
+            ))
+
+    def _break(self, error: Exception) -> None:
+        if not self._broken.done():
+            self._broken.set_exception(error)
+
+    def _recover(self, member: _Member, why: str, *, kill: bool = False) -> None:
+        """Begin to bring a lost member back, once."""
+        if member in self._recovering or self._broken.done():
+            return
+        member.ready.clear()
+        self._event("actor_lost", actor=member.actor.name, why=why)
+        try:
+            self._restarts.spend(why)
+        except RunError as error:
+            self._break(error)
+            return
+        task = asyncio.get_running_loop().create_task(self._bring_back(member, kill))
+        self._recovering[member] = task
+        task.add_done_callback(lambda done: self._recovered(member, done))
+
+    def _recovered(self, member: _Member, done: "asyncio.Task[None]") -> None:
+        self._recovering.pop(member, None)
+        if not done.cancelled() and (error := done.exception()) is not None:
+            self._break(error if isinstance(error, Exception) else RunError(str(error)))
+
+    async def _bring_back(self, member: _Member, kill: bool) -> None:
+        started = asyncio.get_running_loop().time()
+        if kill:
+            await member.actor.restart()
+        async with asyncio.timeout(self._deadlines.start_s):
+            engine = member in self._engines
+            await self._until_it_answers(self._refill_engine if engine else self._start_worker, member)
+        seconds = asyncio.get_running_loop().time() - started
+        self._event("actor_back", actor=member.actor.name, seconds=round(seconds, 3))
+
+    async def _until_it_answers(
+        self, start: Callable[[_Member], Awaitable[None]], member: _Member
+    ) -> None:
+        """While an actor restarts, calls fail with `ActorLost` once or twice; later ones wait for it."""
+        while True:
+            try:
+                return await start(member)
+            except ActorLost:
+                await asyncio.sleep(0.2)
+
+    async def _refill_engine(self, member: _Member) -> None:
+        await self._start_engine(member)
+        async with self._publishing:  # not in the middle of a publish: it would miss the version under way
+            await self._publish_to(member)
+
+    async def _start_engine(self, member: _Member) -> None:
+        await member.actor.call("start", timeout_s=self._deadlines.start_s, waiting_for="engine to load")
+
+    async def _start_worker(self, member: _Member) -> None:
+        await member.actor.call("ping", timeout_s=self._deadlines.start_s, waiting_for="worker to start")
+        member.ready.set()
+
+    async def _publish_to(self, member: _Member) -> UpdateReport | None:
+        manifest = self._manifest
+        assert manifest is not None, "publish or start comes first"
+        try:
+            report: UpdateReport = await member.actor.call(
+                "update", manifest, self._on_update, timeout_s=self._deadlines.publish_s,
+                waiting_for=f"weights of version {manifest.version}",
+            )
+        except (ActorLost, DeadlinePassed) as error:
+            if member in self._recovering:
+                raise
+            self._recover(member, str(error), kill=isinstance(error, DeadlinePassed))
+            return None
+        except EngineError as error:
+            raise WeightsNotProven(f"{member.actor.name}: {error}") from error
+        expected = dict(zip(manifest.names, manifest.checksums, strict=True))
+        wrong = [name for name, checksum in expected.items() if report.checksums.get(name) != checksum]
+        if wrong or report.version != manifest.version:
+            raise WeightsNotProven(
+                f"{member.actor.name} holds version {report.version}, published {manifest.version}; "
+                f"tensors that differ: {', '.join(wrong[:5]) or 'none'}"
+            )
+        member.ready.set()
+        return report
+
+    async def _ping(self, member: _Member) -> None:
+        if not member.ready.is_set():
+            return
+        try:
+            answer = await member.actor.call("ping", timeout_s=self._deadlines.hang_s, waiting_for="sign of life")
+        except (ActorLost, DeadlinePassed) as error:
+            self._recover(member, str(error), kill=isinstance(error, DeadlinePassed))
+            return
+        if member in self._engines:
+            member.stats = answer
+            if answer is None:  # Ray restarted it between two pings
+                self._recover(member, f"{member.actor.name}: restarted")
+
+
+def episode_seed(run_seed: int, task: Task, attempt: int) -> int:
+    """The seed of one episode's sampling: of run, task and attempt alone, so that a replay draws the same."""
+    text = f"{run_seed}/{task.environment}/{task.id}/{task.split}/{attempt}".encode()
+    return zlib.crc32(text) << 16 | (zlib.crc32(text[::-1]) & 0xFFFF)

@@ -1,0 +1,203 @@
+"""What a run says of itself: metrics of each step, events, and the summary that remains.
+
+Seconds are taken around the verbs of the loop, counters come from the reports those verbs return. Nothing here
+decides anything.
+"""
+
+import json
+import time
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from loopwright.actors.engine import EngineStats, UpdateReport
+from loopwright.actors.weights import WeightManifest
+from loopwright.algorithms.batching import BatchReport
+from loopwright.algorithms.records import Group, Rollout
+from loopwright.orchestrator.buffer import GroupBuffer
+from loopwright.orchestrator.pool import Pool
+
+
+class Trackers(Protocol):
+    """Where everything goes (orchestrator/trackers.py)."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def event(self, kind: str, **fields: Any) -> None: ...
+    def phase(self, text: str) -> None: ...
+    def progress(self, text: str, done: int, total: int) -> None: ...
+
+
+class Recorder:
+    """Metrics by step, totals by run."""
+
+    def __init__(self, trackers: Trackers, *, resumed: Mapping[str, Any] | None = None) -> None:
+        self._trackers = trackers
+        self._started = time.monotonic()
+        self._pending: dict[str, float] = {}
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._counts: Counter[str] = Counter()
+        self._mismatch: dict[str, float] = {}
+        self._lags: list[tuple[int, float]] = []  # (max, mean) of each step
+        self._curve: list[tuple[int, float]] = []  # (step, held-out success)
+        self._rewards: list[tuple[int, float]] = []
+        self._last_stats: dict[int, EngineStats] = {}
+        self.success: dict[str, float] = {}
+        self.weights_checksum = 0
+        if resumed:
+            self._restore(resumed)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Seconds of the block, as `time/<phase>_s`."""
+        before = time.monotonic()
+        try:
+            yield
+        finally:
+            self.spent(phase, time.monotonic() - before)
+
+    def spent(self, phase: str, seconds: float) -> None:
+        """Add seconds to a phase."""
+        self._seconds[phase] += seconds
+        self._pending[f"time/{phase}_s"] = self._pending.get(f"time/{phase}_s", 0.0) + seconds
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """Metrics to go out with the current step."""
+        self._pending.update(metrics)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Something happened once: a restart, a fault, a checkpoint."""
+        self._counts[f"event/{kind}"] += 1
+        self._trackers.event(kind, **fields)
+
+    def phase(self, text: str) -> None:
+        """What the run is doing before (or after) its steps."""
+        self._trackers.phase(text)
+
+    def progress(self, text: str) -> Callable[[int, int], None]:
+        """A callback (done, total) that shows progress of `text`."""
+        return lambda done, total: self._trackers.progress(text, done, total)
+
+    def played(self, rollout: Rollout) -> None:
+        """An episode came back."""
+        self._counts["episodes"] += 1
+        self._counts[f"end/{rollout.end_reason.value}"] += 1
+        self._counts["tokens"] += rollout.generated_tokens
+        self._counts.update({f"signal/{k}": v for k, v in rollout.tool_errors.items()})
+
+    def published(self, manifest: WeightManifest, reports: Sequence[UpdateReport]) -> None:
+        """All engines hold a version."""
+        self._counts["publishes"] += 1
+        self.weights_checksum = zlib.crc32(repr(manifest.checksums).encode())
+        pauses = [r.pause_s for r in reports]
+        self.add({"publish/size_bytes": float(manifest.size_bytes),
+                  "publish/pause_max_s": max(pauses, default=0.0)})
+
+    def step(
+        self, step: int, report: BatchReport, groups: Sequence[Group], pool: Pool, buffer: GroupBuffer
+    ) -> None:
+        """Everything known of a step goes out."""
+        rollouts = [r for g in groups for r in g.rollouts]
+        self._counts["steps"] += 1
+        self._counts["trained_tokens"] += report.tokens
+        self._lags.append((report.lag_max, report.lag_mean))
+        self._rewards.append((step, report.reward_mean))
+        self._mismatch.update({k: v for k, v in self._pending.items() if k.startswith("train/mismatch")})
+        metrics = {
+            f"rollout/{name}": float(value)
+            for name, value in asdict(report).items()
+        } | {
+            "rollout/turns_mean": _mean([float(r.turns) for r in rollouts]),
+            "rollout/seconds_mean": _mean([r.seconds.get("total", 0.0) for r in rollouts]),
+            "queue/playing_episodes": float(pool.playing),
+            "queue/running_groups": float(buffer.admitted - buffer.ready),
+            "queue/ready_groups": float(buffer.ready),
+            "fault/infra_total": float(pool.infra_faults),
+            "fault/actors_lost_total": float(self._counts["event/actor_lost"]),
+            "time/elapsed_s": self.elapsed_s(),
+            **self._engines(pool),
+        }
+        self._flush(step, metrics)
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Held-out success at `step`."""
+        self._curve.append((step, metrics["eval/success"]))
+        self._trackers.log(step, dict(metrics) | {"time/evaluate_s": self._pending.pop("time/evaluate_s", 0.0)})
+
+    def elapsed_s(self) -> float:
+        """Seconds since the run began, earlier parts of a resumed run included."""
+        return time.monotonic() - self._started + self._seconds.get("before_resume", 0.0)
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs to go on counting."""
+        return {
+            "success": self.success, "counts": dict(self._counts), "seconds": dict(self._seconds),
+            "lags": self._lags, "curve": self._curve, "rewards": self._rewards, "elapsed_s": self.elapsed_s(),
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """The final figures (`summary.json`)."""
+        return {
+            "success": self.success,
+            "lag": {
+                "max": max((m for m, _ in self._lags), default=0),
+                "mean": _mean([mean for _, mean in self._lags]),
+            },
+            "seconds": {k: round(v, 3) for k, v in sorted(self._seconds.items())} | {"total": round(self.elapsed_s(), 3)},
+            "steps": self._counts["steps"],
+            "episodes": self._counts["episodes"],
+            "tokens": {"generated": self._counts["tokens"], "trained": self._counts["trained_tokens"]},
+            "mismatch": {k.removeprefix("train/mismatch_"): v for k, v in self._mismatch.items()},
+            "publishes": self._counts["publishes"],
+            "restarts": self._counts["event/actor_lost"],
+            "infra_faults": self._counts["event/infra_fault"],
+            "end_reasons": _named(self._counts, "end/"),
+            "signals": _named(self._counts, "signal/"),
+            "curve": self._curve,
+            "reward_curve": self._rewards,
+        }
+
+    def _flush(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._trackers.log(step, {**self._pending, **metrics})
+        self._pending = {}
+
+    def _engines(self, pool: Pool) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for index, stats in enumerate(pool.engine_stats()):
+            before = self._last_stats.get(index)
+            if before is not None and stats.uptime_s > before.uptime_s:
+                seconds = stats.uptime_s - before.uptime_s
+                metrics[f"engine/{index}/tokens_per_s"] = (
+                    stats.generated_tokens - before.generated_tokens) / seconds
+                metrics[f"engine/{index}/busy_frac"] = (stats.busy_s - before.busy_s) / seconds
+            metrics[f"engine/{index}/running"] = float(stats.running)
+            metrics[f"engine/{index}/waiting"] = float(stats.waiting)
+            self._last_stats[index] = stats
+        return metrics
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.success = dict(state["success"])
+        self._counts.update(state["counts"])
+        self._seconds.update(state["seconds"])
+        self._seconds["before_resume"] = state["elapsed_s"]
+        self._lags = [tuple(pair) for pair in state["lags"]]
+        self._curve = [tuple(pair) for pair in state["curve"]]
+        self._rewards = [tuple(pair) for pair in state["rewards"]]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write whole or not at all."""
+    aside = path.with_suffix(".partial")
+    aside.write_text(json.dumps(value, indent=1) + "\n")
+    aside.replace(path)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _named(counts: Mapping[str, int], prefix: str) -> dict[str, int]:
+    return {k.removeprefix(prefix): v for k, v in sorted(counts.items()) if k.startswith(prefix)}
