@@ -1,7 +1,9 @@
-"""From the policy's text to an action, and back. Strict and total: any text gives a `Call` or a `Fault`.
+"""From the policy's text to an action, and back. Strict and total: any text gives a `Call` or a
+`Fault`.
 
-`call`:  `payments.send(to=17, amount=25)`                                  keyword literals only, never executed
-`json`:  `{"name": "payments.send", "arguments": {"to": 17, "amount": 25}}` optionally in <tool_call></tool_call>
+`call`:  `payments.send(to=17, amount=25)`                                  keyword literals only,
+never executed `json`:  `{"name": "payments.send", "arguments": {"to": 17, "amount": 25}}`
+optionally in <tool_call></tool_call>
 
 Text up to a `</think>` is not part of the action.
 """
@@ -13,7 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 ActionFormat = Literal["call", "json"]
-MAX_CHARS = 2000  # longer actions are refused before parsing: no tool needs them, and parsers recurse
+MAX_CHARS = (
+    2000  # longer actions are refused before parsing: no tool needs them, and parsers recurse
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +38,7 @@ class Fault:
 
 _HINT: Mapping[str, str] = {
     "call": 'write one call, for example docs.show(api="payments.send")',
-    "json": 'write one call, for example {"name": "docs.show", "arguments": {"api": "payments.send"}}',
+    "json": 'write one call: {"name": "docs.show", "arguments": {"api": "payments.send"}}',
 }
 
 

@@ -1,7 +1,9 @@
-"""What an app is: a table of APIs. Arguments are checked here, once for all apps; handlers see canonical names.
+"""What an app is: a table of APIs. Arguments are checked here, once for all apps; handlers see
+canonical names.
 
-Every world has a seeded *dialect*: APIs that change something name their parameters differently from world to
-world (`to`, `payee`, `person`), so the documentation has to be looked up, not learned by heart.
+Every world has a seeded *dialect*: APIs that change something name their parameters differently
+from world to world (`to`, `payee`, `person`), so the documentation has to be looked up, not learned
+by heart.
 """
 
 import difflib
@@ -27,7 +29,8 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
 
 
 class ApiError(Exception):
-    """The agent's mistake, or a refusal of the world: comes back as an observation with this category."""
+    """The agent's mistake, or a refusal of the world: comes back as an observation with this
+    category."""
 
     def __init__(self, category: str, detail: str, *, name: str = "") -> None:
         super().__init__(detail)
@@ -47,7 +50,8 @@ class Param:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Api:
-    """One API of an app. Only APIs with `writes` change the world, and only they speak a dialect."""
+    """One API of an app. Only APIs with `writes` change the world, and only they speak a
+    dialect."""
 
     name: str
     doc: str
@@ -67,7 +71,8 @@ class App:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Office:
-    """What a handler may touch: the world of this episode, and the API table for the documentation app."""
+    """What a handler may touch: the world of this episode, and the API table for the documentation
+    app."""
 
     world: World
     apps: Mapping[str, App]
@@ -76,11 +81,14 @@ class Office:
     page_size: int
 
 
-Handler = Callable[..., Any]  # (office, **canonical arguments) -> None | row | list of rows | page; raises ApiError
+Handler = Callable[
+    ..., Any
+]  # (office, **canonical arguments) -> None | row | list of rows | page; raises ApiError
 
 
 def draw_dialect(seed: int, apis: Mapping[str, Api]) -> dict[tuple[str, str], str]:
-    """The parameter names of world `seed`, drawn independently for every parameter of every writing API."""
+    """The parameter names of world `seed`, drawn independently for every parameter of every writing
+    API."""
     rng = Random(f"dialect/{seed}")
     return {
         (name, param.name): rng.choice(SYNONYMS[param.name])
@@ -96,15 +104,20 @@ def shown_name(office: Office, api: str, param: str) -> str:
 
 
 def invoke(office: Office, name: str, arguments: Mapping[str, Any]) -> Any:
-    """Check the arguments against the table and call the handler. Raises `ApiError` for every mistake."""
+    """Check the arguments against the table and call the handler. Raises `ApiError` for every
+    mistake."""
     api = office.apis.get(name)
     if api is None:
         near = difflib.get_close_matches(name[:60], office.apis, n=1)
-        raise ApiError("unknown_api", "there is no such API" + (f"; did you mean {near[0]}?" if near else ""))
+        raise ApiError(
+            "unknown_api", "there is no such API" + (f"; did you mean {near[0]}?" if near else "")
+        )
     shown = {shown_name(office, name, p.name): p for p in api.params}
     for given in arguments:
         if given not in shown:
-            raise ApiError("unknown_argument", f"{name} has no such argument; see docs.show", name=given)
+            raise ApiError(
+                "unknown_argument", f"{name} has no such argument; see docs.show", name=given
+            )
     for label, param in shown.items():
         if label not in arguments:
             raise ApiError("missing_argument", f"{name} lacks an argument; see docs.show")

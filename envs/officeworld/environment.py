@@ -7,11 +7,23 @@ from functools import lru_cache
 from random import Random
 from typing import Any
 
-from loopwright.envs.officeworld.actions import ActionFormat, Call, Fault, parse_action, render_action
+from loopwright.envs.officeworld.actions import (
+    ActionFormat,
+    Call,
+    Fault,
+    parse_action,
+    render_action,
+)
 from loopwright.envs.officeworld.api import ApiError, Office, draw_dialect, invoke
 from loopwright.envs.officeworld.apps import APIS, APPS
 from loopwright.envs.officeworld.grading import unit_tests
-from loopwright.envs.officeworld.observe import Style, error_text, fault_text, result_text, system_message
+from loopwright.envs.officeworld.observe import (
+    Style,
+    error_text,
+    fault_text,
+    result_text,
+    system_message,
+)
 from loopwright.envs.officeworld.population import generate
 from loopwright.envs.officeworld.scenario import Draw, Plan, Scenario
 from loopwright.envs.officeworld.scenarios import SCENARIOS
@@ -43,26 +55,33 @@ class _Episode:
     answer: Any = None
 
 
-def _chosen(scenarios: Sequence[str] | None, difficulty: Sequence[int] | None) -> tuple[Scenario, ...]:
+def _chosen(
+    scenarios: Sequence[str] | None, difficulty: Sequence[int] | None
+) -> tuple[Scenario, ...]:
     unknown = set(scenarios or ()) - set(SCENARIOS)
     if unknown:
-        raise ValueError(f"officeworld scenarios {sorted(unknown)}: unknown; there are {', '.join(SCENARIOS)}")
+        raise ValueError(
+            f"officeworld scenarios {sorted(unknown)}: unknown; there are {', '.join(SCENARIOS)}"
+        )
     chosen = tuple(
         s
         for s in SCENARIOS.values()
-        if (scenarios is None or s.name in scenarios) and (difficulty is None or s.difficulty in difficulty)
+        if (scenarios is None or s.name in scenarios)
+        and (difficulty is None or s.difficulty in difficulty)
     )
     if not chosen:
-        raise ValueError(f"officeworld: no scenario among {scenarios} has a difficulty in {difficulty} (1 to 3)")
+        raise ValueError(
+            f"officeworld: no scenario among {scenarios} has a difficulty in {difficulty} (1 to 3)"
+        )
     return chosen
 
 
 class OfficeWorld:
     """A small office of apps over one population; implements `Env` and `TaskSource`.
 
-    `action_format`: how the policy writes calls. `style`: `compact` for tiny policies, `full` for language models.
-    `scenarios`, `difficulty`: which families to draw from (default all). `world_size`: people (default 10 compact,
-    60 full).
+    `action_format`: how the policy writes calls. `style`: `compact` for tiny policies, `full` for
+    language models. `scenarios`, `difficulty`: which families to draw from (default all).
+    `world_size`: people (default 10 compact, 60 full).
     """
 
     def __init__(
@@ -75,13 +94,17 @@ class OfficeWorld:
         max_turns: int = 12,
     ) -> None:
         if action_format not in ("call", "json"):
-            raise ValueError(f"officeworld action_format {action_format!r}: must be 'call' or 'json'")
+            raise ValueError(
+                f"officeworld action_format {action_format!r}: must be 'call' or 'json'"
+            )
         if style not in PEOPLE:
             raise ValueError(f"officeworld style {style!r}: must be 'compact' or 'full'")
         self._size = PEOPLE[style] if world_size is None else world_size
         largest = 40 if style == "compact" else 500
         if not 6 <= self._size <= largest:
-            raise ValueError(f"officeworld world_size {self._size}: must be 6 to {largest} in style {style!r}")
+            raise ValueError(
+                f"officeworld world_size {self._size}: must be 6 to {largest} in style {style!r}"
+            )
         self._format: ActionFormat = action_format
         self._style: Style = style
         self._scenarios = _chosen(scenarios, difficulty)
@@ -89,12 +112,13 @@ class OfficeWorld:
         self.spec = EnvSpec(
             name=NAME,
             version=f"0.1+{data_hash()}",
-            description="Stateful office apps with documentation to consult; graded by what changed.",
+            description="Stateful office apps with documentation; graded by what changed.",
             max_turns=max_turns,
         )
 
     def tasks(self, split: str, seed: int) -> Iterator[Task]:
-        """An endless stream. Test tasks have held-out variants, and seeds and worlds of the other parity."""
+        """An endless stream. Test tasks have held-out variants, and seeds and worlds of the other
+        parity."""
         if split not in VARIANTS:
             raise ValueError(f"officeworld split {split!r}: must be 'train' or 'test'")
         rng = Random(f"tasks/{split}/{seed}")
@@ -117,18 +141,24 @@ class OfficeWorld:
         scenario = SCENARIOS.get(task.scenario)
         variant = task.payload.get("variant")
         if scenario is None or variant not in (1, 2, 3):
-            raise TaskError(f"{task.id}: scenario {task.scenario!r} variant {variant!r} does not exist")
+            raise TaskError(
+                f"{task.id}: scenario {task.scenario!r} variant {variant!r} does not exist"
+            )
         rng = Random(f"task/{task.scenario}/{variant}/{task.seed}")
         world_seed = 2 * rng.randrange(WORLDS) + task.seed % 2
         base = generate(world_seed, self._size, self._style == "full")
         page_size = PAGE_SIZE[self._style]
         plan = scenario.build(Draw(world=World(base), rng=rng, page_size=page_size))
         dialect = draw_dialect(world_seed, APIS)
-        office = Office(world=World(base), apps=APPS, apis=APIS, dialect=dialect, page_size=page_size)
+        office = Office(
+            world=World(base), apps=APPS, apis=APIS, dialect=dialect, page_size=page_size
+        )
         self._episode = _Episode(plan=plan, office=office)
         template = (scenario.compact if self._style == "compact" else scenario.full)[variant - 1]
         system = Message(role="system", content=system_message(self._style, self._format, APPS))
-        return Observation(messages=(system, Message(role="user", content=template.format(**plan.values))))
+        return Observation(
+            messages=(system, Message(role="user", content=template.format(**plan.values)))
+        )
 
     async def step(self, action: str) -> Step:
         """Play one action; text that is none is a policy fault and costs a turn."""
@@ -190,4 +220,6 @@ class OfficeWorld:
 
     def _reply(self, text: str, signal: str | None = None) -> Step:
         message = Message(role="tool", content=text)
-        return Step(observation=Observation(messages=(message,)), signals={signal: 1} if signal else {})
+        return Step(
+            observation=Observation(messages=(message,)), signals={signal: 1} if signal else {}
+        )

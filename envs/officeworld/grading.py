@@ -1,4 +1,5 @@
-"""Grading: a goal says what the world must differ in at the end; unit tests compare it with the real difference."""
+"""Grading: a goal says what the world must differ in at the end; unit tests compare it with the
+real difference."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -9,7 +10,8 @@ from loopwright.envs.officeworld.state import Diff, Row
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
-    """The whole difference a solved task leaves behind, and the answer if the task is a question."""
+    """The whole difference a solved task leaves behind, and the answer if the task is a
+    question."""
 
     added: tuple[tuple[str, Row], ...] = ()  # (table, row)
     changed: tuple[tuple[str, int, Row], ...] = ()  # (table, id, the fields that differ)
@@ -18,7 +20,8 @@ class Goal:
 
 
 def unit_tests(goal: Goal, diff: Diff, *, finished: bool, answer: object) -> dict[str, bool]:
-    """Name → passed, at least four for every goal. Names are `group/what`; groups are the verdict's parts."""
+    """Name → passed, at least four for every goal. Names are `group/what`; groups are the verdict's
+    parts."""
     tests = {"finished/done": finished}
     if goal.answer is not None:
         tests["answer/given"] = answer is not None
@@ -42,7 +45,9 @@ def unit_tests(goal: Goal, diff: Diff, *, finished: bool, answer: object) -> dic
 
 
 def _touched(goal: Goal) -> Counter[str]:
-    return Counter([t for t, _ in goal.added] + [t for t, _, _ in goal.changed] + [t for t, _ in goal.removed])
+    return Counter(
+        [t for t, _ in goal.added] + [t for t, _, _ in goal.changed] + [t for t, _ in goal.removed]
+    )
 
 
 def _touched_by(diff: Diff) -> Counter[str]:

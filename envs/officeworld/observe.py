@@ -1,7 +1,7 @@
 """How the world speaks: the system message, results and errors, in two styles.
 
-`compact` is for tiny policies trained from scratch: a few hundred words, results as bare values. `full` is for
-language models: sentences and JSON.
+`compact` is for tiny policies trained from scratch: a few hundred words, results as bare values.
+`full` is for language models: sentences and JSON.
 """
 
 import json
@@ -19,18 +19,22 @@ def system_message(style: Style, action_format: ActionFormat, apps: Mapping[str,
     """The rules of the game."""
     if style == "compact":
         return "use docs"
-    example = render_action(Call(name="docs.show", arguments={"api": "payments.send"}), action_format)
+    example = render_action(
+        Call(name="docs.show", arguments={"api": "payments.send"}), action_format
+    )
     finish = render_action(Call(name="done"), action_format)
     answer = render_action(Call(name="done", arguments={"answer": 42}), action_format)
     listing = "\n".join(f"- {app.name}: {app.doc}" for app in apps.values())
     return (
         "You do office work for your user through the APIs of these apps:\n"
         f"{listing}\n"
-        "Write exactly one API call per turn and nothing else after your thoughts. Parameter names differ from "
-        "office to office, so look an API up before you use it: docs.apps lists the apps, docs.list the APIs of "
-        f"an app, docs.show the parameters of an API. A call looks like this:\n{example}\n"
-        "People, events, messages and requests are referred to by their ids, which you find through the apps. "
-        "Change nothing that you were not asked to change. If a call fails, read the error and try again.\n"
+        "Write exactly one API call per turn and nothing else after your thoughts. Parameter names "
+        "differ from office to office, so look an API up before you use it: docs.apps lists the "
+        "apps, docs.list the APIs of an app, docs.show the parameters of an API. A call looks like "
+        f"this:\n{example}\n"
+        "People, events, messages and requests are referred to by their ids, which you find through "
+        "the apps. Change nothing that you were not asked to change. If a call fails, read the "
+        "error and try again.\n"
         f"When the task is complete, finish with {finish}, or, if it is a question, with {answer}."
     )
 

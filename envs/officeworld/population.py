@@ -1,4 +1,5 @@
-"""The seeded fictional population every app shares: people, and what lies in their books at the start."""
+"""The seeded fictional population every app shares: people, and what lies in their books at the
+start."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -6,11 +7,18 @@ from random import Random
 
 from loopwright.envs.officeworld.state import Row, Tables
 
+# fmt: off
 FIRST_NAMES = (
-    "Ada Arlo Bea Bram Cleo Cyrus Dora Dev Edda Enzo Faye Finn Gita Gus Hana Hugo Ines Ivo Jada Joel Kira Kurt "
-    "Lena Luca Mara Milo Nell Noor Olga Otto Pia Paul Rosa Remy Sara Sven Tess Theo Uma Vera Vito Wren Yara Zeno"
-).split()
-LAST_NAMES = "Amberly Brock Calder Dunmore Eastwick Farrow Gale Holloway Inskip Joplin Kestrel Lark Mosswood".split()
+    "Ada", "Arlo", "Bea", "Bram", "Cleo", "Cyrus", "Dora", "Dev", "Edda", "Enzo", "Faye", "Finn",
+    "Gita", "Gus", "Hana", "Hugo", "Ines", "Ivo", "Jada", "Joel", "Kira", "Kurt", "Lena", "Luca",
+    "Mara", "Milo", "Nell", "Noor", "Olga", "Otto", "Pia", "Paul", "Rosa", "Remy", "Sara", "Sven",
+    "Tess", "Theo", "Uma", "Vera", "Vito", "Wren", "Yara", "Zeno",
+)
+LAST_NAMES = (
+    "Amberly", "Brock", "Calder", "Dunmore", "Eastwick", "Farrow", "Gale", "Holloway", "Inskip",
+    "Joplin", "Kestrel", "Lark", "Mosswood",
+)
+# fmt: on
 DAYS = ("mon", "tue", "wed", "thu", "fri")
 TITLES = ("lunch", "gym", "call", "review", "demo", "walk")
 WORDS = ("yes", "no", "late", "thanks", "ready", "sick", "busy", "hello")
@@ -34,18 +42,25 @@ def _events(rng: Random, people: Sequence[int]) -> dict[int, Row]:
     events: dict[int, Row] = {}
     for event_id, (day, title) in zip(draw_ids(rng, len(slots)), slots, strict=True):
         guests = tuple(rng.sample(people, 2))
-        events[event_id] = {"title": title, "day": day, "hour": rng.randrange(8, 18), "guests": guests}
+        events[event_id] = {
+            "title": title,
+            "day": day,
+            "hour": rng.randrange(8, 18),
+            "guests": guests,
+        }
     return events
 
 
 @lru_cache(maxsize=256)
 def generate(seed: int, size: int, full: bool) -> Tables:
-    """The base of world `seed` with `size` people (4 … 44, or 4 … 500 with full names). The result is shared."""
+    """The base of world `seed` with `size` people (4 … 44, or 4 … 500 with full names). The result
+    is shared."""
     rng = Random(f"population/{seed}/{size}/{full}")
     people = draw_ids(rng, size)
     names = _names(rng, size, full=full)
     contacts: dict[int, Row] = {
-        i: {"name": name, "phone": rng.randrange(10, 100)} for i, name in zip(people, names, strict=True)
+        i: {"name": name, "phone": rng.randrange(10, 100)}
+        for i, name in zip(people, names, strict=True)
     }
     senders = rng.sample(people, min(INBOX, size))
     asking = rng.sample(senders, 2)

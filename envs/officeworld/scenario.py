@@ -1,7 +1,8 @@
 """What a scenario is: a family of tasks with three variants, drawn from a seed.
 
-Variants 1 and 2 are for training, variant 3 is held out. `build` draws the parameters, and gives the goal and the
-oracle's calls by canonical parameter names; the environment translates them into the dialect of the world.
+Variants 1 and 2 are for training, variant 3 is held out. `build` draws the parameters, and gives
+the goal and the oracle's calls by canonical parameter names; the environment translates them into
+the dialect of the world.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,8 @@ from loopwright.envs.officeworld.state import Row, World
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draw:
-    """What `build` draws from: the world at its start (read it, never change it) and the task's randomness."""
+    """What `build` draws from: the world at its start (read it, never change it) and the task's
+    randomness."""
 
     world: World
     rng: Random
@@ -52,7 +54,8 @@ def _int(value: object) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A task drawn: what the templates say, what must be true at the end, and one way to get there."""
+    """A task drawn: what the templates say, what must be true at the end, and one way to get
+    there."""
 
     values: Mapping[str, Any]
     goal: Goal

@@ -1,7 +1,7 @@
 """State of one world: a shared, immutable base and a copy-on-write overlay.
 
-`reset` is a new overlay (a few microseconds), whatever the size of the base, and the overlay *is* the difference
-that the unit tests of a task look at.
+`reset` is a new overlay (a few microseconds), whatever the size of the base, and the overlay *is*
+the difference that the unit tests of a task look at.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 Value = int | str | tuple[int, ...]
 Row = Mapping[str, Value]
-Tables = Mapping[str, Mapping[int, Row]]  # table -> id -> row; shared by all worlds of a seed, never changed
+Tables = Mapping[
+    str, Mapping[int, Row]
+]  # table -> id -> row; shared by all worlds of a seed, never changed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +24,8 @@ class Diff:
 
 
 class World:
-    """The live state of one episode. Rows are replaced, never mutated, so the base may be shared freely."""
+    """The live state of one episode. Rows are replaced, never mutated, so the base may be shared
+    freely."""
 
     __slots__ = ("_base", "_overlay")
 
@@ -36,7 +39,8 @@ class World:
         return self._overlay[key] if key in self._overlay else self._base[table].get(row_id)
 
     def rows(self, table: str, /, **equals: Value) -> Iterator[tuple[int, Row]]:
-        """Ids and rows whose fields equal `equals`: the base's in their order, then the added ones."""
+        """Ids and rows whose fields equal `equals`: the base's in their order, then the added
+        ones."""
         base = self._base[table]
         added = [i for (t, i) in self._overlay if t == table and i not in base]
         for row_id in (*base, *added):

@@ -3,10 +3,24 @@
 from collections.abc import Mapping
 
 from loopwright.envs.officeworld.api import Api, App
-from loopwright.envs.officeworld.apps import calendar_app, contacts_app, docs_app, messages_app, payments_app
+from loopwright.envs.officeworld.apps import (
+    calendar_app,
+    contacts_app,
+    docs_app,
+    messages_app,
+    payments_app,
+)
 
 APPS: Mapping[str, App] = {
     app.name: app
-    for app in (contacts_app.APP, payments_app.APP, messages_app.APP, calendar_app.APP, docs_app.APP)
+    for app in (
+        contacts_app.APP,
+        payments_app.APP,
+        messages_app.APP,
+        calendar_app.APP,
+        docs_app.APP,
+    )
 }
-APIS: Mapping[str, Api] = {f"{app.name}.{api.name}": api for app in APPS.values() for api in app.apis}
+APIS: Mapping[str, Api] = {
+    f"{app.name}.{api.name}": api for app in APPS.values() for api in app.apis
+}

@@ -17,7 +17,10 @@ def _check_day(day: str) -> None:
 def list_day(office: Office, day: str) -> Any:
     """Events of a day."""
     _check_day(day)
-    return [{"id": i, "title": r["title"], "hour": r["hour"]} for i, r in office.world.rows("events", day=day)]
+    return [
+        {"id": i, "title": r["title"], "hour": r["hour"]}
+        for i, r in office.world.rows("events", day=day)
+    ]
 
 
 def guests(office: Office, id: int) -> Any:
@@ -61,7 +64,12 @@ APP = App(
     doc="Your week: events and their guests.",
     apis=(
         Api(name="list", doc="Events of a day: id, title, hour.", params=(DAY,), handler=list_day),
-        Api(name="guests", doc="Contact ids of the guests of an event.", params=(ID,), handler=guests),
+        Api(
+            name="guests",
+            doc="Contact ids of the guests of an event.",
+            params=(ID,),
+            handler=guests,
+        ),
         Api(
             name="add",
             doc="Add an event.",
@@ -73,7 +81,13 @@ APP = App(
             handler=add,
             writes=True,
         ),
-        Api(name="move", doc="Move an event to another day.", params=(ID, DAY), handler=move, writes=True),
+        Api(
+            name="move",
+            doc="Move an event to another day.",
+            params=(ID, DAY),
+            handler=move,
+            writes=True,
+        ),
         Api(name="cancel", doc="Delete an event.", params=(ID,), handler=cancel, writes=True),
         Api(
             name="invite",

@@ -22,7 +22,9 @@ def show(office: Office, id: int) -> Any:
 
 def list_page(office: Office, page: int) -> Any:
     """All contacts, a page at a time."""
-    return page_of(office, [{"id": i, "name": r["name"]} for i, r in office.world.rows("contacts")], page)
+    return page_of(
+        office, [{"id": i, "name": r["name"]} for i, r in office.world.rows("contacts")], page
+    )
 
 
 def add(office: Office, name: str, phone: int) -> None:
@@ -48,7 +50,12 @@ APP = App(
     name="contacts",
     doc="Address book: people, their ids and phone extensions.",
     apis=(
-        Api(name="find", doc="Ids of the contacts with exactly this name.", params=(NAME,), handler=find),
+        Api(
+            name="find",
+            doc="Ids of the contacts with exactly this name.",
+            params=(NAME,),
+            handler=find,
+        ),
         Api(name="show", doc="Name and phone of one contact.", params=(ID,), handler=show),
         Api(
             name="list",
@@ -57,7 +64,13 @@ APP = App(
             handler=list_page,
         ),
         Api(name="add", doc="Add a contact.", params=(NAME, PHONE), handler=add, writes=True),
-        Api(name="update", doc="Set the phone of a contact.", params=(ID, PHONE), handler=update, writes=True),
+        Api(
+            name="update",
+            doc="Set the phone of a contact.",
+            params=(ID, PHONE),
+            handler=update,
+            writes=True,
+        ),
         Api(name="remove", doc="Delete a contact.", params=(ID,), handler=remove, writes=True),
     ),
 )

@@ -23,7 +23,10 @@ def show(office: Office, api: str) -> Any:
     found = office.apis.get(api)
     if found is None:
         raise ApiError("not_found", "no such API; see docs.list")
-    params = [{"name": shown_name(office, api, p.name), "type": p.kind, "doc": p.doc} for p in found.params]
+    params = [
+        {"name": shown_name(office, api, p.name), "type": p.kind, "doc": p.doc}
+        for p in found.params
+    ]
     return {"api": api, "doc": found.doc, "params": params}
 
 

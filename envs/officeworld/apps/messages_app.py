@@ -11,7 +11,11 @@ ID = Param(name="id", kind="int", doc="id of the message")
 def inbox(office: Office, page: int) -> Any:
     """Messages received, with the sender's name, a page at a time."""
     rows = [
-        {"id": i, "from": require(office, "contacts", cast(int, r["sender"]))["name"], "text": r["text"]}
+        {
+            "id": i,
+            "from": require(office, "contacts", cast(int, r["sender"]))["name"],
+            "text": r["text"],
+        }
         for i, r in office.world.rows("inbox")
     ]
     return page_of(office, rows, page)
@@ -38,7 +42,12 @@ APP = App(
     name="messages",
     doc="Short messages from and to your contacts.",
     apis=(
-        Api(name="list", doc="Messages received: id, sender, text, in pages.", params=(PAGE,), handler=inbox),
+        Api(
+            name="list",
+            doc="Messages received: id, sender, text, in pages.",
+            params=(PAGE,),
+            handler=inbox,
+        ),
         Api(name="sent", doc="Messages you sent, in pages.", params=(PAGE,), handler=sent),
         Api(
             name="send",
@@ -50,6 +59,12 @@ APP = App(
             handler=send,
             writes=True,
         ),
-        Api(name="delete", doc="Delete a received message.", params=(ID,), handler=delete, writes=True),
+        Api(
+            name="delete",
+            doc="Delete a received message.",
+            params=(ID,),
+            handler=delete,
+            writes=True,
+        ),
     ),
 )

@@ -2,7 +2,16 @@
 
 from typing import Any, cast
 
-from loopwright.envs.officeworld.api import Api, ApiError, App, Office, Param, page_of, positive, require
+from loopwright.envs.officeworld.api import (
+    Api,
+    ApiError,
+    App,
+    Office,
+    Param,
+    page_of,
+    positive,
+    require,
+)
 
 TO = Param(name="to", kind="int", doc="contact id of the person")
 AMOUNT = Param(name="amount", kind="int", doc="whole coins, at least 1")
@@ -43,7 +52,11 @@ def charge(office: Office, to: int, amount: int) -> None:
 def requests(office: Office) -> Any:
     """Open requests of others, with the name of who asks."""
     return [
-        {"id": i, "from": require(office, "contacts", cast(int, r["person"]))["name"], "amount": r["amount"]}
+        {
+            "id": i,
+            "from": require(office, "contacts", cast(int, r["person"]))["name"],
+            "amount": r["amount"],
+        }
         for i, r in office.world.rows("requests", state="open")
     ]
 
@@ -79,10 +92,27 @@ APP = App(
     apis=(
         Api(name="balance", doc="Coins on your account.", handler=balance),
         Api(name="send", doc="Pay a contact.", params=(TO, AMOUNT), handler=send, writes=True),
-        Api(name="charge", doc="Ask a contact for money.", params=(TO, AMOUNT), handler=charge, writes=True),
+        Api(
+            name="charge",
+            doc="Ask a contact for money.",
+            params=(TO, AMOUNT),
+            handler=charge,
+            writes=True,
+        ),
         Api(name="requests", doc="Open requests: id, who asks, amount.", handler=requests),
         Api(name="accept", doc="Pay an open request.", params=(ID,), handler=accept, writes=True),
-        Api(name="decline", doc="Refuse an open request.", params=(ID,), handler=decline, writes=True),
-        Api(name="history", doc="Transfers you made, a page at a time.", params=(PAGE,), handler=history),
+        Api(
+            name="decline",
+            doc="Refuse an open request.",
+            params=(ID,),
+            handler=decline,
+            writes=True,
+        ),
+        Api(
+            name="history",
+            doc="Transfers you made, a page at a time.",
+            params=(PAGE,),
+            handler=history,
+        ),
     ),
 )

@@ -1,4 +1,5 @@
-"""The table of scenarios. A family is one module with `SCENARIOS`; adding it here is all it takes."""
+"""The table of scenarios. A family is one module with `SCENARIOS`; adding it here is all it
+takes."""
 
 from collections.abc import Mapping
 

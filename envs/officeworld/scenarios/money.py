@@ -16,8 +16,14 @@ def _paid(draw: Draw, to: int, amount: int) -> Goal:
 def _pay_person(draw: Draw) -> Plan:
     person, name = draw.person()
     amount = draw.rng.randrange(1, 30)
-    calls = (call("contacts.find", name=name), *write("payments.send", to=person, amount=amount), DONE)
-    return Plan(values={"name": name, "amount": amount}, goal=_paid(draw, person, amount), calls=calls)
+    calls = (
+        call("contacts.find", name=name),
+        *write("payments.send", to=person, amount=amount),
+        DONE,
+    )
+    return Plan(
+        values={"name": name, "amount": amount}, goal=_paid(draw, person, amount), calls=calls
+    )
 
 
 def _pay_and_text(draw: Draw) -> Plan:
@@ -37,14 +43,20 @@ def _pay_and_text(draw: Draw) -> Plan:
 def _pay_or_text(draw: Draw) -> Plan:
     person, name = draw.person()
     enough = draw.rng.random() < 0.5
-    amount = draw.rng.randrange(1, draw.balance) if enough else draw.rng.randrange(draw.balance + 1, 99)
+    amount = (
+        draw.rng.randrange(1, draw.balance) if enough else draw.rng.randrange(draw.balance + 1, 99)
+    )
     values = {"name": name, "amount": amount}
     start = (call("payments.balance"), call("contacts.find", name=name))
     if enough:
         calls = (*start, *write("payments.send", to=person, amount=amount), DONE)
         return Plan(values=values, goal=_paid(draw, person, amount), calls=calls)
     goal = Goal(added=(("sent", {"to": person, "text": "no"}),))
-    return Plan(values=values, goal=goal, calls=(*start, *write("messages.send", to=person, text="no"), DONE))
+    return Plan(
+        values=values,
+        goal=goal,
+        calls=(*start, *write("messages.send", to=person, text="no"), DONE),
+    )
 
 
 def _answer_request(draw: Draw) -> Plan:
@@ -94,7 +106,9 @@ def _charge_guests(draw: Draw) -> Plan:
         *charges,
         DONE,
     )
-    return Plan(values={"title": row["title"], "day": row["day"], "amount": amount}, goal=goal, calls=calls)
+    return Plan(
+        values={"title": row["title"], "day": row["day"], "amount": amount}, goal=goal, calls=calls
+    )
 
 
 SCENARIOS = (
@@ -133,9 +147,9 @@ SCENARIOS = (
             "please pay {name} {amount} or text no",
         ),
         full=(
-            'Pay {name} {amount} coins if the balance allows it; if it does not, send them the message "no".',
-            'If you can afford {amount} coins, pay them to {name}. Otherwise message them just "no".',
-            '{name} wants {amount} coins. Check your balance: pay if it suffices, else send the text "no".',
+            'Pay {name} {amount} coins if you have them; if not, send them the message "no".',
+            'If you can afford {amount} coins, pay {name}. Otherwise message them just "no".',
+            '{name} wants {amount} coins. Pay if your balance suffices, else text them "no".',
         ),
         build=_pay_or_text,
     ),

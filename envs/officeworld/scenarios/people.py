@@ -23,7 +23,11 @@ def _text_person(draw: Draw) -> Plan:
     return Plan(
         values={"name": name, "word": word},
         goal=Goal(added=(("sent", {"to": person, "text": word}),)),
-        calls=(call("contacts.find", name=name), *write("messages.send", to=person, text=word), DONE),
+        calls=(
+            call("contacts.find", name=name),
+            *write("messages.send", to=person, text=word),
+            DONE,
+        ),
     )
 
 
@@ -109,9 +113,9 @@ SCENARIOS = (
             "please set phone of {name} to {phone}",
         ),
         full=(
-            "The phone extension of {name} is {phone}. Update the contact, or add it if there is none.",
+            "{name} has phone extension {phone}. Update the contact, or add a missing one.",
             "Make sure that {name} is in your contacts, with extension {phone}.",
-            "{name} can now be called at {phone}; put that into the contacts app, in a new contact if needed.",
+            "{name} can be called at {phone}; note that in contacts, in a new one if needed.",
         ),
         build=_set_phone,
     ),

@@ -5,6 +5,7 @@ from typing import cast
 from loopwright.envs.officeworld.grading import Goal
 from loopwright.envs.officeworld.population import DAYS, TITLES
 from loopwright.envs.officeworld.scenario import DONE, Draw, Plan, Scenario, call, look_up, write
+from loopwright.envs.officeworld.state import Row
 
 
 def _cancel_event(draw: Draw) -> Plan:
@@ -22,14 +23,20 @@ def _move_event(draw: Draw) -> Plan:
     return Plan(
         values={"title": row["title"], "day": row["day"], "target": target},
         goal=Goal(changed=(("events", event, {"day": target}),)),
-        calls=(call("calendar.list", day=row["day"]), *write("calendar.move", id=event, day=target), DONE),
+        calls=(
+            call("calendar.list", day=row["day"]),
+            *write("calendar.move", id=event, day=target),
+            DONE,
+        ),
     )
 
 
 def _invite_person(draw: Draw) -> Plan:
     event, row = draw.pick("events")
     guests = cast(tuple[int, ...], row["guests"])
-    person, contact = draw.rng.choice([(i, r) for i, r in draw.world.rows("contacts") if i not in guests])
+    person, contact = draw.rng.choice(
+        [(i, r) for i, r in draw.world.rows("contacts") if i not in guests]
+    )
     return Plan(
         values={"name": contact["name"], "title": row["title"], "day": row["day"]},
         goal=Goal(changed=(("events", event, {"guests": (*guests, person)}),)),
@@ -48,7 +55,7 @@ def _plan_event(draw: Draw) -> Plan:
     taken = {row["title"] for _, row in draw.world.rows("events", day=day)}
     title = draw.rng.choice([t for t in TITLES if t not in taken])
     event = max(i for i, _ in draw.world.rows("events")) + 1
-    row = {"title": title, "day": day, "hour": hour, "guests": (person,)}
+    row: Row = {"title": title, "day": day, "hour": hour, "guests": (person,)}
     return Plan(
         values={"name": name, "title": title, "day": day, "hour": hour},
         goal=Goal(added=(("events", row),)),
@@ -114,9 +121,9 @@ SCENARIOS = (
             "please plan {title} {day} at {hour} and invite {name}",
         ),
         full=(
-            'Add the event "{title}" on {day} at {hour} o\'clock to the calendar and invite {name}.',
+            'Add the event "{title}" on {day} at {hour} o\'clock and invite {name}.',
             'Plan "{title}" with {name}: on {day}, at {hour} o\'clock, with an invitation.',
-            '{name} wants to meet for "{title}" on {day} at hour {hour}. Create the event and invite them.',
+            '{name} wants to meet for "{title}" on {day} at {hour}. Create it and invite them.',
         ),
         build=_plan_event,
     ),
