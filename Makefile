@@ -5,7 +5,7 @@ PYTHON ?= python3
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 FLOORS := actors algorithms configs envs orchestrator
 # Two makes at the same time share one .venv: the second waits where flock exists.
 LOCK := $(shell command -v flock >/dev/null 2>&1 && echo "flock $(VENV).lock")

@@ -91,7 +91,9 @@ def _limits(c: Config) -> Iterator[tuple[bool, str, str]]:
         "waits for its slowest episode",
     )
     yield (
-        c.algorithm.mismatch == "none" or c.algorithm.proximal == "recomputed",
+        c.algorithm.mismatch == "none"
+        or c.algorithm.loss == "aipo"
+        or c.algorithm.proximal == "recomputed",
         "algorithm.proximal",
         f"'recomputed': algorithm.mismatch = {c.algorithm.mismatch!r} weighs proximal against "
         'behavior logprobs, and with "behavior" the two are equal',
@@ -100,6 +102,11 @@ def _limits(c: Config) -> Iterator[tuple[bool, str, str]]:
         c.algorithm.mismatch != "masked_is" or c.algorithm.mismatch_low < c.algorithm.mismatch_cap,
         "algorithm.mismatch_low",
         f"less than algorithm.mismatch_cap = {c.algorithm.mismatch_cap}",
+    )
+    yield (
+        c.algorithm.dual_clip == 0 or c.algorithm.dual_clip > 1,
+        "algorithm.dual_clip",
+        "0 (off) or more than 1",
     )
     yield (
         len(set(c.run.trackers)) == len(c.run.trackers),
@@ -112,11 +119,15 @@ def _unused(c: Config) -> Iterator[tuple[bool, str, tuple[str, ...]]]:
     """(is in use, the setting that decides it, the keys that then have no effect) within one
     topic."""
     loss = f"algorithm.loss = {c.algorithm.loss!r}"
-    ppo_only = ("level", "clip_form", "clip", "dual_clip")
-    yield c.algorithm.loss == "ppo", loss, tuple(f"algorithm.{name}" for name in ppo_only)
+    clips = c.algorithm.loss in ("ppo", "cispo", "gspo")
+    yield clips, loss, ("algorithm.clip_form", "algorithm.clip")
+    yield c.algorithm.loss == "ppo", loss, ("algorithm.level", "algorithm.dual_clip")
     yield c.algorithm.loss == "aipo", loss, ("algorithm.aipo_rho", "algorithm.aipo_grad")
     mismatch = f"algorithm.mismatch = {c.algorithm.mismatch!r}"
-    yield c.algorithm.mismatch != "none", mismatch, ("algorithm.mismatch_cap",)
+    weighs = c.algorithm.loss != "aipo"  # aipo weighs by the behavior logprobs itself
+    off = c.algorithm.mismatch == "none"
+    yield weighs or off, loss, ("algorithm.mismatch",)
+    yield weighs and not off, f"{mismatch} and {loss}", ("algorithm.mismatch_cap",)
     yield c.algorithm.mismatch == "masked_is", mismatch, ("algorithm.mismatch_low",)
     lora = ("model.lora_alpha", "model.lora_targets")
     yield c.model.lora_rank > 0, "model.lora_rank = 0", lora
@@ -130,14 +141,9 @@ def _doubts(c: Config) -> Iterator[tuple[bool, str]]:
         'for stale rollouts; set "truncated_is"',
     )
     yield (
-        c.algorithm.loss != "aipo" or c.algorithm.mismatch == "none",
-        f"algorithm.mismatch = {c.algorithm.mismatch!r} with loss 'aipo', which weighs by the "
-        'behavior logprobs itself: the correction counts twice; set mismatch = "none"',
-    )
-    yield (
         c.model.device != "cpu" or c.model.dtype == "float32",
-        "model.dtype = 'bfloat16' on a CPU: slow, and logprobs of engine and trainer differ by 0.15 "
-        'on average; set "float32"',
+        "model.dtype = 'bfloat16' on a CPU: slow, and logprobs of engine and trainer differ by "
+        '0.15 on average; set "float32"',
     )
     yield (
         c.model.path == "tiny" or c.tiny == type(c.tiny)(),

@@ -167,15 +167,18 @@ class AlgorithmConfig(_Table):
     advantage: Literal["leave_one_out", "group_mean", "group_normalized", "batch_normalized"] = (
         Field("leave_one_out", description="baseline and scale of rewards within a group")
     )
-    loss: Literal["ppo", "aipo"] = Field("ppo", description="policy loss")
+    loss: Literal["ppo", "aipo", "reinforce", "cispo", "gspo"] = Field(
+        "ppo", description="policy loss"
+    )
     level: Literal["token", "turn", "trajectory"] = Field(
         "token", description="unit of the probability ratio (ppo)"
     )
     clip_form: Literal["code", "paper"] = Field(
-        "code", description="ratio bounds: code [1/(1+clip), 1+clip], paper [1-clip, 1+clip] (ppo)"
+        "code",
+        description="ratio bounds: code [1/(1+clip), 1+clip], paper [1-clip, 1+clip]",
     )
     clip: float = Field(
-        0.1, gt=0, description="how far the ratio may move before it is clipped (ppo)"
+        0.1, gt=0, description="how far the ratio may move before it is clipped (ppo, cispo, gspo)"
     )
     dual_clip: float = Field(
         3.0, ge=0, description="bound c*A of the objective where A < 0 (ppo); 0 = off"
