@@ -1,24 +1,336 @@
 """Same-host weight channel: written once by the trainer, read in place by every engine.
 
-One POSIX shared memory segment holds two slots. The trainer writes the slot that no engine reads, checksums each
-tensor, and only then hands out the manifest: the manifest is the commit. Publishing is serial and acknowledged by
-every engine, so a slot is never overwritten while an engine maps it.
+One POSIX shared memory segment (a file in `/dev/shm`) holds two slots. The trainer writes the slot that no engine
+reads, checksums each tensor, and only then hands out the manifest: the manifest is the commit. Publishing is serial
+and acknowledged by every engine, so a slot is never overwritten while an engine maps it; a publish that some
+engine has not acknowledged is repeated with the *same* manifest, never written again.
+
+    trainer                                         every engine
+    shared = SharedWeights.create(run, tensors)
+    manifest = shared.write(version, tensors)  -->  tensors = attach(manifest)
+                                                    verify(tensors, manifest_checksums(manifest))
+
+Segments are plain memory-mapped files rather than `multiprocessing.shared_memory`: its resource tracker unlinks a
+segment when any process that attached it ends. A writer holds a file lock on its segment; the kernel drops the lock
+when the writer dies, however it dies, which is how `unlink_stale` tells what is left over. Engines that map an
+unlinked segment keep what they map.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+import fcntl
+import mmap
+import os
+import secrets
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgpack
+import numpy as np
+
+if TYPE_CHECKING:  # torch is imported at use: environment workers read the manifest's type only
+    import torch
+
+SEGMENT_FOLDER = Path("/dev/shm")
+SEGMENT_PREFIX = "loopwright-"
+MANIFEST_SCHEMA = 1
+_ALIGNMENT = 64  # bytes; one cache line, and enough for any dtype
+_RESERVE_BYTES = 1 << 20  # left free on /dev/shm
+_NAMED = 5  # tensors an error names before it counts the rest
+
+Kind = Literal["full", "adapter"]
+
+
+class WeightError(Exception):
+    """Weights that cannot be written, found or trusted; the text names the tensors, the limit and the remedy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightManifest:
-    """What is published under one policy version, and where it lies."""
+    """What is published under one policy version, and where it lies. Tied tensors share one offset."""
 
     version: int
-    kind: Literal["full", "adapter"]
+    kind: Kind
     segment: str  # name of the shared memory segment
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[str, ...]  # "float32", "bfloat16", …
     offsets: tuple[int, ...]  # bytes from the start of the segment
     checksums: tuple[int, ...]  # crc32 of each tensor's bytes
-    size_bytes: int
+    size_bytes: int  # of one slot
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.shapes), len(self.dtypes), len(self.offsets), len(self.checksums)}
+        if lengths != {len(self.names)}:
+            raise WeightError(
+                f"WeightManifest of version {self.version}: {len(self.names)} names, but "
+                f"shapes, dtypes, offsets and checksums number {sorted(lengths)}"
+            )
+
+
+def encode(manifest: WeightManifest) -> bytes:
+    """The manifest as msgpack bytes under the current schema version."""
+    return msgpack.packb({"v": MANIFEST_SCHEMA, "manifest": asdict(manifest)})
+
+
+def decode(data: bytes) -> WeightManifest:
+    """The manifest in `data`. Raises `WeightError` for bytes that are not one of this schema."""
+    try:
+        frame = msgpack.unpackb(data, use_list=False)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise WeightError(f"{len(data)} bytes that are no weight manifest: {error}") from error
+    if not isinstance(frame, dict) or frame.get("v") != MANIFEST_SCHEMA:
+        found = frame.get("v") if isinstance(frame, dict) else type(frame).__name__
+        raise WeightError(f"weight manifest schema {found}, this build reads {MANIFEST_SCHEMA}")
+    return WeightManifest(**frame["manifest"])
+
+
+def manifest_checksums(manifest: WeightManifest) -> dict[str, int]:
+    """Tensor name -> crc32, as published."""
+    return dict(zip(manifest.names, manifest.checksums, strict=True))
+
+
+def checksum(tensor: "torch.Tensor") -> int:
+    """crc32 of a tensor's bytes in row-major order, any dtype; a tensor on a device is copied to the host."""
+    import torch
+
+    flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
+    return zlib.crc32(flat.numpy())
+
+
+def verify(tensors: Mapping[str, "torch.Tensor"], checksums: Mapping[str, int]) -> dict[str, int]:
+    """crc32 of every tensor that `checksums` names, after comparing.
+
+    Raises `WeightError` naming the tensors that are missing or whose bytes differ.
+    """
+    found: dict[str, int] = {}
+    by_place: dict[tuple[int, int], int] = {}  # tied tensors are read once
+    for name in checksums:
+        if name in tensors:
+            tensor = tensors[name]
+            place = (tensor.data_ptr(), tensor.nbytes)
+            if place not in by_place or not tensor.is_contiguous():
+                by_place[place] = checksum(tensor)
+            found[name] = by_place[place]
+    wrong = [name for name, expected in checksums.items() if found.get(name) != expected]
+    if wrong:
+        detail = "; ".join(
+            f"{name} has {_hex(found.get(name))}, published {_hex(checksums[name])}"
+            for name in wrong[:_NAMED]
+        )
+        raise WeightError(
+            f"{len(wrong)} of {len(checksums)} tensors differ from what was published: {detail}"
+            f"{_rest(wrong)}. Publish the version again; if it repeats, suspect the memory of this host"
+        )
+    return found
+
+
+def attach(manifest: WeightManifest) -> dict[str, "torch.Tensor"]:
+    """Views on the published tensors, without a copy. They stay mapped for as long as a view lives.
+
+    The mapping is private: writing to a view changes this process alone, so treat the views as read-only. Raises
+    `WeightError` if the segment is gone or too small.
+    """
+    path = SEGMENT_FOLDER / manifest.segment
+    try:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (FileNotFoundError, ValueError) as error:
+        raise WeightError(
+            f"weights of version {manifest.version}: no shared memory segment {path} ({error}). The trainer that "
+            f"wrote it has ended, or runs on another host; publish again"
+        ) from error
+    buffer = np.frombuffer(mapped, dtype=np.uint8)
+    views: dict[str, torch.Tensor] = {}
+    for name, shape, dtype, offset in zip(
+        manifest.names, manifest.shapes, manifest.dtypes, manifest.offsets, strict=True
+    ):
+        views[name] = _view(buffer, shape, dtype, offset, name)
+    return views
+
+
+def unlink_stale(name: str = "", *, keep: str = "") -> list[str]:
+    """Unlink the segments of writers that have ended, and return their names.
+
+    `name` is the one given to `SharedWeights.create` (empty: any); the segment `keep` stays, for engines
+    that start before the next publish. Segments of living writers are never touched.
+    """
+    removed = []
+    for path in sorted(SEGMENT_FOLDER.glob(f"{SEGMENT_PREFIX}{name}-*" if name else f"{SEGMENT_PREFIX}*")):
+        if path.name == keep:
+            continue
+        try:
+            with path.open("rb") as file:
+                fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+        except (BlockingIOError, FileNotFoundError, PermissionError):
+            continue  # a living writer's, already gone, or another user's
+        removed.append(path.name)
+    return removed
+
+
+class SharedWeights:
+    """The writer: one segment with two slots, allocated once, written in turn."""
+
+    def __init__(
+        self, segment: str, kind: Kind, names: Mapping[str, str], tensors: Mapping[str, "torch.Tensor"],
+        dtype: "torch.dtype | None",
+    ) -> None:
+        """Called by `create`. `names` maps each name to the one whose bytes it shares (itself if untied)."""
+        self.segment = segment
+        self._kind: Kind = kind
+        self._owner = dict(names)
+        self._shapes = {name: tuple(tensors[name].shape) for name in names}
+        self._dtypes = {name: _stored_dtype(tensors[name], dtype) for name in names}
+        self._offsets: dict[str, int] = {}
+        end = 0
+        for name, owner in names.items():
+            if owner == name:
+                self._offsets[name] = end
+                end += _aligned(tensors[name].numel() * self._dtypes[name].itemsize, _ALIGNMENT)
+        self.size_bytes = _aligned(max(end, 1), mmap.PAGESIZE)
+        self._next_slot = 0
+        self._file = _allocate(segment, 2 * self.size_bytes)
+        self._buffer = np.frombuffer(mmap.mmap(self._file, 2 * self.size_bytes), dtype=np.uint8)
+        self._closed = False
+
+    @classmethod
+    def create(
+        cls, name: str, tensors: Mapping[str, "torch.Tensor"], *, kind: Kind = "full",
+        dtype: "torch.dtype | None" = None,
+    ) -> "SharedWeights":
+        """Allocate a new segment laid out for `tensors` (their values are not written yet).
+
+        The segment's name is unique to this writer, so readers of a former one are never disturbed. `dtype` is what
+        floating-point tensors are stored as (None: as they are). Raises `WeightError` if `/dev/shm` has too
+        little room for both slots.
+        """
+        if not tensors:
+            raise WeightError(f"SharedWeights {name!r}: no tensors to lay out")
+        first_at: dict[Any, str] = {}
+        owner: dict[str, str] = {}
+        for key, tensor in tensors.items():
+            place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+            owner[key] = first_at.setdefault(place if tensor.numel() else key, key)
+        segment = f"{SEGMENT_PREFIX}{name}-{os.getpid()}-{secrets.token_hex(4)}"
+        return cls(segment, kind, owner, tensors, dtype)
+
+    def write(self, version: int, tensors: Mapping[str, "torch.Tensor"]) -> WeightManifest:
+        """Copy `tensors` into the slot not in use and return the manifest that publishes them.
+
+        Every engine must have acknowledged the last manifest before the next `write`. Raises `WeightError` if names
+        or shapes are not those of `create`.
+        """
+        self._check(tensors)
+        base = self._next_slot * self.size_bytes
+        checksums: dict[str, int] = {}
+        for name, offset in self._offsets.items():
+            view = _view(
+                self._buffer, self._shapes[name], _dtype_name(self._dtypes[name]), base + offset, name
+            )
+            view.copy_(tensors[name].detach())
+            checksums[name] = checksum(view)  # of what lies in the segment, while it is in the cache
+        self._next_slot = 1 - self._next_slot
+        names = tuple(self._owner)
+        return WeightManifest(
+            version=version,
+            kind=self._kind,
+            segment=self.segment,
+            names=names,
+            shapes=tuple(self._shapes[name] for name in names),
+            dtypes=tuple(_dtype_name(self._dtypes[name]) for name in names),
+            offsets=tuple(base + self._offsets[self._owner[name]] for name in names),
+            checksums=tuple(checksums[self._owner[name]] for name in names),
+            size_bytes=self.size_bytes,
+        )
+
+    def close(self) -> None:
+        """Unlink the segment; engines that map it keep what they map. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        (SEGMENT_FOLDER / self.segment).unlink(missing_ok=True)
+        self._buffer = np.empty(0, dtype=np.uint8)
+        os.close(self._file)
+
+    def _check(self, tensors: Mapping[str, "torch.Tensor"]) -> None:
+        if self._closed:
+            raise WeightError(f"SharedWeights {self.segment} is closed; create another writer")
+        missing = [name for name in self._owner if name not in tensors]
+        unknown = [name for name in tensors if name not in self._owner]
+        reshaped = [
+            f"{name} {list(tensors[name].shape)} (laid out {list(shape)})"
+            for name, shape in self._shapes.items()
+            if name in tensors and tuple(tensors[name].shape) != shape
+        ]
+        problems = [
+            f"{label} {', '.join(names[:_NAMED])}{_rest(names)}"
+            for label, names in (("missing", missing), ("unknown", unknown), ("other shape", reshaped))
+            if names
+        ]
+        if problems:
+            raise WeightError(
+                f"SharedWeights {self.segment}: tensors are not those it was created for: "
+                f"{'; '.join(problems)}. Create another writer for another model"
+            )
+
+
+def _allocate(segment: str, size_bytes: int) -> int:
+    """A locked file descriptor of a new segment whose memory is committed (no later SIGBUS)."""
+    room = os.statvfs(SEGMENT_FOLDER)
+    free_bytes = room.f_bavail * room.f_frsize
+    if size_bytes + _RESERVE_BYTES > free_bytes:
+        raise WeightError(
+            f"shared memory for the weights: two slots take {size_bytes:,} bytes, {SEGMENT_FOLDER} has "
+            f"{free_bytes:,} free. Enlarge it (docker: --shm-size), remove stale {SEGMENT_PREFIX}* files there, or "
+            f"publish in a smaller dtype"
+        )
+    path = SEGMENT_FOLDER / segment
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.posix_fallocate(file, 0, size_bytes)  # first touch costs several times a copy: pay it once, here
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        os.close(file)
+        raise WeightError(f"shared memory segment {path} of {size_bytes:,} bytes: {error}") from error
+    return file
+
+
+def _view(
+    buffer: np.ndarray, shape: tuple[int, ...], dtype: str, offset: int, name: str
+) -> "torch.Tensor":
+    """The tensor of `shape` and `dtype` that lies at `offset` bytes of `buffer` [bytes] uint8."""
+    import torch
+
+    torch_dtype = getattr(torch, dtype, None)
+    if not isinstance(torch_dtype, torch.dtype):
+        raise WeightError(f"tensor {name}: dtype {dtype!r} is not one that torch knows")
+    size_bytes = int(np.prod(shape, dtype=np.int64)) * torch_dtype.itemsize
+    if offset < 0 or offset + size_bytes > buffer.size:
+        raise WeightError(
+            f"tensor {name}: bytes {offset} to {offset + size_bytes} lie outside a segment of {buffer.size}"
+        )
+    part = torch.from_numpy(buffer[offset : offset + size_bytes])
+    return part.view(torch_dtype).view(shape)
+
+
+def _stored_dtype(tensor: "torch.Tensor", dtype: "torch.dtype | None") -> "torch.dtype":
+    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+
+
+def _dtype_name(dtype: "torch.dtype") -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _aligned(size_bytes: int, alignment: int) -> int:
+    return -(-size_bytes // alignment) * alignment
+
+
+def _hex(value: int | None) -> str:
+    return "nothing" if value is None else f"{value:08x}"
+
+
+def _rest(names: list[str]) -> str:
+    return f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
