@@ -10,6 +10,7 @@ Text up to a `</think>` is not part of the action.
 
 import ast
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -81,7 +82,9 @@ def _from_json(body: str) -> Call | None:
 
 def _from_call(body: str) -> Call | None:
     try:
-        node = ast.parse(body, mode="eval").body
+        with warnings.catch_warnings():  # an odd escape in the policy's text is not ours to report
+            warnings.simplefilter("ignore")
+            node = ast.parse(body, mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         return None
     if not isinstance(node, ast.Call) or node.args:

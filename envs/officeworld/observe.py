@@ -32,7 +32,7 @@ def system_message(style: Style, action_format: ActionFormat, apps: Mapping[str,
         "differ from office to office, so look an API up before you use it: docs.apps lists the "
         "apps, docs.list the APIs of an app, docs.show the parameters of an API. A call looks like "
         f"this:\n{example}\n"
-        "People, events, messages and requests are referred to by their ids, which you find through "
+        "People, events, messages and requests are referred to by their ids, which you find in "
         "the apps. Change nothing that you were not asked to change. If a call fails, read the "
         "error and try again.\n"
         f"When the task is complete, finish with {finish}, or, if it is a question, with {answer}."
