@@ -1,0 +1,122 @@
+"""Supervised warm start: clone a limited number of oracle demonstrations, loss on the action tokens only."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from torch import nn
+
+from loopwright.actors.model_files import save_model
+from loopwright.actors.packed_forward import Sequences, action_logprobs, micro_batches
+from loopwright.actors.torch_backend import TorchBackend, TrainerSettings, learning_rate
+
+Progress = Callable[[int, float], None]  # (step, mean negative logprob of its action tokens)
+
+
+class Demonstration(Protocol):
+    """Tokens of an episode the oracle played; `algorithms.records.Context` is one."""
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """[T] int32."""
+        ...
+
+    @property
+    def action_mask(self) -> np.ndarray:
+        """[T] bool."""
+        ...
+
+
+class CloningError(ValueError):
+    """Demonstrations that cannot be cloned."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CloningReport:
+    """What was learned by cloning, so that it can be told apart from what RL learned."""
+
+    demonstrations: int
+    steps: int
+    action_tokens: int  # seen, repeats counted
+    loss_first: float  # mean negative logprob of an action token
+    loss_last: float
+    seconds: float
+
+
+def clone(
+    model_path: str,
+    sequences: Sequence[Demonstration],
+    out_dir: str | Path,
+    *,
+    steps: int,
+    batch: int = 32,
+    lr: float = 1e-3,
+    seed: int = 0,
+    threads: int = 1,
+    token_budget: int = 2048,
+    progress: Progress | None = None,
+) -> CloningReport:
+    """Train the model at `model_path` for `steps` optimizer steps on `sequences` and save it to `out_dir`.
+
+    Each step takes `batch` demonstrations; the demonstrations are gone through in a new order as often as it takes.
+    Learning rate: warm-up over the first tenth, then cosine towards 0. Raises `CloningError` without demonstrations.
+    """
+    started = time.perf_counter()
+    if not sequences:
+        raise CloningError("no demonstrations to clone; raise warm_start.demonstrations, or check the oracle")
+    settings = TrainerSettings(
+        model_path=str(model_path), seed=seed, threads=threads, lr=lr, betas=(0.9, 0.95), weight_decay=0.01,
+        schedule="cosine", warmup_steps=max(1, steps // 10), total_steps=steps + 1, token_budget=token_budget,
+    )
+    backend = TorchBackend(settings)
+    joined = Sequences.of(
+        np.concatenate([s.token_ids for s in sequences]),
+        np.concatenate([s.action_mask for s in sequences]),
+        np.array([len(s.token_ids) for s in sequences]),
+    )
+    losses, tokens = [], 0
+    order = _endless_order(len(sequences), min(batch, len(sequences)), seed)
+    for step in range(1, steps + 1):
+        for group in backend.optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step)
+        loss, seen = _cloning_step(backend, joined, next(order))
+        losses.append(loss)
+        tokens += seen
+        if progress is not None:
+            progress(step, loss)
+    save_model(backend.model, backend.published_tensors(), Path(out_dir), source=str(model_path))
+    return CloningReport(
+        demonstrations=len(sequences), steps=steps, action_tokens=tokens, loss_first=losses[0] if losses else 0.0,
+        loss_last=float(np.mean(losses[-10:])) if losses else 0.0, seconds=time.perf_counter() - started,
+    )
+
+
+def _endless_order(count: int, batch: int, seed: int) -> Iterator[np.ndarray]:
+    """Batches of indices: each demonstration once before any comes again."""
+    random = np.random.default_rng(seed)
+    waiting = np.zeros(0, dtype=np.int64)
+    while True:
+        while len(waiting) < batch:
+            waiting = np.concatenate([waiting, random.permutation(count)])
+        yield waiting[:batch]
+        waiting = waiting[batch:]
+
+
+def _cloning_step(backend: TorchBackend, sequences: Sequences, chosen: np.ndarray) -> tuple[float, int]:
+    """One optimizer step; mean negative logprob and number of its action tokens."""
+    settings = backend.settings
+    spans = zip(sequences.starts[chosen], sequences.starts[chosen + 1], strict=True)
+    tokens = sum(int(sequences.action_mask[start:end].sum()) for start, end in spans)
+    backend.optimizer.zero_grad(set_to_none=True)
+    total = 0.0
+    for micro in micro_batches(sequences, chosen, token_budget=settings.token_budget, device=settings.device):
+        lp = action_logprobs(backend.model, micro, temperature=1.0, chunk=settings.logprob_chunk)
+        loss = -lp.sum() / max(tokens, 1)
+        loss.backward()
+        total += float(loss.detach())
+    nn.utils.clip_grad_norm_(backend.model.parameters(), 1.0)
+    backend.optimizer.step()
+    return total, tokens

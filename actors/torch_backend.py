@@ -1,0 +1,350 @@
+"""The torch backend: a Hugging Face causal LM, AdamW, and the optimizer steps of one training batch.
+
+One step of the loop is `epochs` passes over the batch, each cut at random into `minibatches`, each of those into
+micro-batches by token budget. The gradient of a minibatch does not depend on how it is cut (weights per unit are
+fixed before), and everything random is seeded by (seed, step, epoch), so a step can be repeated bit for bit.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from loopwright.actors.objective import LossSettings, MinibatchUnits, Tally, minibatch_units, weighted_loss
+from loopwright.actors.packed_forward import (
+    Sequences,
+    action_logprobs,
+    check_model,
+    micro_batches,
+    sequence_logprobs,
+)
+from loopwright.algorithms.records import TrainBatch
+
+NON_FINITE_LIMIT = 20  # minibatches skipped before training fails (LOOP's code)
+LOG_RATIO_LIMIT = 20.0  # |mean over rollouts of the summed log-ratio| that ends a step's passes (LOOP's code)
+
+
+class BackendError(Exception):
+    """A trainer that cannot be built or cannot go on; the text says what, which value and the remedy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerSettings:
+    """How to build and run a trainer: plain values, the meanings as in the configuration of the same names."""
+
+    model_path: str  # Hugging Face folder or hub id
+    dtype: str = "float32"
+    device: str = "cpu"
+    seed: int = 0
+    threads: int = 1
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01  # of matrices only
+    grad_clip: float = 1.0  # 0: no clipping
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    total_steps: int = 0  # where linear and cosine reach 0
+    epochs: int = 1
+    minibatches: int = 4
+    token_budget: int = 4096
+    pack: bool = False  # several sequences a row: for devices on which padding costs more than masks
+    gradient_checkpointing: bool = False
+    logprob_chunk: int = 2048
+    temperature: float = 1.0
+    proximal: Literal["behavior", "recomputed"] = "recomputed"
+    loss: LossSettings = field(default_factory=LossSettings)
+    lora_rank: int = 0  # 0: train all parameters
+    lora_alpha: float = 32.0
+    lora_targets: str = "all-linear"
+
+
+def learning_rate(settings: TrainerSettings, step: int) -> float:
+    """The learning rate of step 1, 2, …: linear warm-up, then the schedule, 0 after `total_steps`."""
+    if step <= settings.warmup_steps:
+        return settings.lr * step / settings.warmup_steps
+    if settings.schedule == "constant":
+        return settings.lr
+    span = max(settings.total_steps - settings.warmup_steps, 1)
+    progress = min((step - settings.warmup_steps - 1) / span, 1.0)
+    factor = 1.0 - progress if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return settings.lr * factor
+
+
+def load_model(model_path: str, *, dtype: str, device: str) -> nn.Module:
+    """The causal LM at `model_path`, every trainable tensor in float32, in evaluation mode (no dropout).
+
+    Evaluation mode is on purpose: dropout would make current logprobs differ from the sampler's. Raises
+    `BackendError` for a path that holds no model and for dtypes without float32 master weights.
+    """
+    if dtype != "float32":
+        raise BackendError(
+            f"trainer dtype {dtype!r}: AdamW updates below about 1/256 of a weight vanish in bfloat16, and float32 "
+            "master weights are not built yet; set model.dtype = \"float32\""
+        )
+    looks_local = model_path.startswith((".", "/", "~")) or Path(model_path).exists()
+    folder = Path(model_path).expanduser()
+    if looks_local and not (folder / "config.json").is_file():
+        raise BackendError(f"model path {model_path!r}: no config.json there; give a Hugging Face folder or a hub id")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder) if looks_local else model_path, dtype=torch.float32, attn_implementation="sdpa"
+        )
+    except (OSError, ValueError) as error:
+        raise BackendError(f"model path {model_path!r} cannot be loaded: {error}") from error
+    return model.to(device).eval()
+
+
+def refuse_dropout(config: Mapping[str, Any]) -> None:
+    """Raise `BackendError` if a Hugging Face config has dropout, which training mode would switch on."""
+    active = [f"{k}={v}" for k, v in config.items() if ("dropout" in k or "pdrop" in k) and v]
+    if active:
+        raise BackendError(
+            f"gradient checkpointing runs the model in training mode, and it has dropout ({', '.join(active)}): current "
+            "logprobs would differ from the sampler's; set it to 0 in config.json or turn gradient_checkpointing off"
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class StepProgress:
+    """What a step has done so far."""
+
+    tally: Tally = field(default_factory=Tally)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("proximal", "forward", "backward"), 0.0))
+    grad_norms: list[float] = field(default_factory=list)
+    skipped: int = 0
+    stopped_early: bool = False
+
+
+class TorchBackend:
+    """Model and optimizer of one process. `train` is the only call that changes the weights."""
+
+    def __init__(self, settings: TrainerSettings) -> None:
+        """Load the model. Raises `BackendError` or `ForwardError` if it cannot be trained."""
+        if settings.proximal not in ("behavior", "recomputed"):
+            raise BackendError(f"proximal={settings.proximal!r}, expected 'behavior' or 'recomputed'")
+        torch.set_num_threads(settings.threads)
+        torch.manual_seed(settings.seed)
+        self.settings = settings
+        self.step = 0
+        self.non_finite = 0
+        self.model = load_model(settings.model_path, dtype=settings.dtype, device=settings.device)
+        check_model(self.model)
+        if settings.gradient_checkpointing:
+            # Hugging Face recomputes in training mode only.
+            refuse_dropout(self.model.config.to_dict())
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.model.train()
+        if settings.lora_rank:
+            from loopwright.actors.lora import add_adapters
+
+            self.model = add_adapters(
+                self.model, rank=settings.lora_rank, alpha=settings.lora_alpha, targets=settings.lora_targets
+            )
+        self.optimizer = self._build_optimizer()
+
+    def train(self, batch: TrainBatch) -> dict[str, float]:
+        """One step: all epochs and minibatches over `batch`. Returns the metrics.
+
+        Raises `BackendError` once more than 20 minibatches of the run had a loss or gradient that is not finite.
+        """
+        started = time.perf_counter()
+        settings, progress = self.settings, StepProgress()
+        rate = learning_rate(settings, batch.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        sequences = Sequences.of(batch.token_ids, batch.action_mask, batch.lengths)
+        proximal = self._proximal(batch, sequences, progress)
+        for epoch in range(settings.epochs):
+            for chosen in self._minibatches(batch, epoch):
+                self._optimizer_step(batch, sequences, chosen, proximal, progress)
+                # From the same weights every later minibatch would see the same ratios: the step ends here.
+                if progress.stopped_early:
+                    break
+            if progress.stopped_early:
+                break
+        self.step = batch.step
+        return self._metrics(batch, progress, rate, time.perf_counter() - started)
+
+    def logprobs(self, sequences: Sequences) -> np.ndarray:
+        """Logprobs of the action tokens under the current weights: [N] float32, 0 elsewhere."""
+        settings = self.settings
+        return sequence_logprobs(
+            self.model, sequences, temperature=settings.temperature, chunk=settings.logprob_chunk,
+            token_budget=settings.token_budget, pack=settings.pack, device=settings.device,
+        )
+
+    def hugging_face_model(self) -> nn.Module:
+        """The model as transformers knows it, whose config describes `published_tensors`."""
+        return self.model
+
+    def published_tensors(self) -> dict[str, Tensor]:
+        """What engines serve from: every weight under its Hugging Face name, adapters merged, tied ones shared."""
+        if self.settings.lora_rank:
+            from loopwright.actors.lora import merged_tensors
+
+            return merged_tensors(self.model)
+        names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        return {name: value.detach() for name, value in self.model.state_dict().items() if name in names}
+
+    def state(self) -> dict[str, Any]:
+        """Optimizer, step, counters and RNG, and the adapters if there are any; loadable with `weights_only`."""
+        trainable = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+        return {
+            "step": self.step,
+            "non_finite": self.non_finite,
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "adapters": trainable if self.settings.lora_rank else {},
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Take saved weights (Hugging Face names) and the rest from `state`. Raises `BackendError` on other names."""
+        own = dict(self.model.named_parameters())
+        source = state["adapters"] if self.settings.lora_rank else tensors
+        wanted = {n for n, p in own.items() if p.requires_grad}
+        if missing := sorted(wanted - set(source)):
+            raise BackendError(
+                f"saved weights lack {len(missing)} tensors of this model ({', '.join(missing[:5])}); load a "
+                "checkpoint of the same model and the same LoRA settings"
+            )
+        with torch.no_grad():
+            for name in wanted:
+                own[name].copy_(source[name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        self.step, self.non_finite = int(state["step"]), int(state["non_finite"])
+
+    def _build_optimizer(self) -> torch.optim.AdamW:
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": self.settings.weight_decay},
+            {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        return torch.optim.AdamW(
+            groups, lr=self.settings.lr, betas=self.settings.betas, eps=self.settings.eps, foreach=True
+        )
+
+    def _proximal(self, batch: TrainBatch, sequences: Sequences, progress: StepProgress) -> np.ndarray | None:
+        """Proximal logprobs [N]; None where they are the current ones, which one optimizer step makes them."""
+        if self.settings.proximal == "behavior":
+            return batch.behavior_logprobs
+        if self.settings.epochs * self.settings.minibatches == 1:
+            return None
+        started = time.perf_counter()
+        values = self.logprobs(sequences)
+        progress.seconds["proximal"] = time.perf_counter() - started
+        picked = torch.from_numpy(values[batch.action_mask])
+        progress.tally.add_mismatch(picked, torch.from_numpy(batch.behavior_logprobs[batch.action_mask]))
+        return values
+
+    def _minibatches(self, batch: TrainBatch, epoch: int) -> list[np.ndarray]:
+        """Sequence indices of each minibatch; the instances of a rollout stay together."""
+        rollouts = np.unique(batch.rollout_ids)
+        random = np.random.default_rng((self.settings.seed, batch.step, epoch))
+        parts = np.array_split(random.permutation(rollouts), self.settings.minibatches)
+        return [np.flatnonzero(np.isin(batch.rollout_ids, part)) for part in parts if part.size]
+
+    def _optimizer_step(
+        self, batch: TrainBatch, sequences: Sequences, chosen: np.ndarray, proximal: np.ndarray | None,
+        progress: StepProgress,
+    ) -> None:
+        units = minibatch_units(
+            self.settings.loss, action_mask=batch.action_mask, turn_ids=batch.turn_ids,
+            sequence_of_place=np.repeat(np.arange(len(batch.lengths)), batch.lengths),
+            rollout_ids=batch.rollout_ids, advantages=batch.advantages, chosen=chosen,
+            minibatch_size=batch.rollout_count / self.settings.minibatches,
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        log_ratio = self._accumulate_gradient(batch, sequences, chosen, proximal, units, progress)
+        log_ratio /= max(units.rollouts, 1)
+        progress.tally.log_ratio_by_minibatch.append(log_ratio)
+        limit = self.settings.grad_clip or math.inf
+        norm = float(nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], limit))
+        if not (math.isfinite(norm) and math.isfinite(log_ratio)):
+            self._skip(batch.step, norm, progress)
+        elif abs(log_ratio) > LOG_RATIO_LIMIT:
+            progress.stopped_early = True
+        else:
+            self.optimizer.step()
+            progress.grad_norms.append(norm)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _accumulate_gradient(
+        self, batch: TrainBatch, sequences: Sequences, chosen: np.ndarray, proximal: np.ndarray | None,
+        units: MinibatchUnits, progress: StepProgress,
+    ) -> float:
+        """Backward over all micro-batches; returns the sum of the log-ratios."""
+        settings, device = self.settings, self.settings.device
+        first = not progress.tally.log_ratio_by_minibatch  # before any update: current is proximal
+        compare = first and (proximal is None or settings.proximal == "behavior")
+        total = 0.0
+        for micro in self._micro_batches(sequences, batch.rollout_ids, chosen):
+            started = time.perf_counter()
+            lp = action_logprobs(self.model, micro, temperature=settings.temperature, chunk=settings.logprob_chunk)
+            mu = torch.from_numpy(batch.behavior_logprobs[micro.tokens]).to(device)
+            prox = lp.detach() if proximal is None else torch.from_numpy(proximal[micro.tokens]).to(device)
+            if compare:
+                progress.tally.add_mismatch(lp.detach(), mu)
+            loss, log_ratio = weighted_loss(settings.loss, units, micro.tokens, lp, prox, mu, progress.tally)
+            total += log_ratio
+            middle = time.perf_counter()
+            loss.backward()
+            progress.seconds["forward"] += middle - started
+            progress.seconds["backward"] += time.perf_counter() - middle
+        return total
+
+    def _micro_batches(self, sequences: Sequences, rollout_ids: np.ndarray, chosen: np.ndarray) -> list[Any]:
+        settings = self.settings
+        if settings.loss.level != "trajectory" and settings.loss.loss != "gspo":
+            parts = [chosen]
+        else:  # one ratio over a whole rollout: its instances must meet in one micro-batch, whatever it weighs
+            several = np.bincount(rollout_ids[chosen])[rollout_ids[chosen]] > 1
+            whole = chosen[several]
+            parts = [chosen[~several], *(whole[rollout_ids[whole] == r] for r in np.unique(rollout_ids[whole]))]
+        budgets = [settings.token_budget] + [1 << 62] * (len(parts) - 1)
+        return [
+            micro
+            for part, budget in zip(parts, budgets, strict=True)
+            for micro in micro_batches(
+                sequences, part, token_budget=budget, pack=settings.pack, device=settings.device
+            )
+        ]
+
+    def _skip(self, step: int, norm: float, progress: StepProgress) -> None:
+        progress.skipped += 1
+        self.non_finite += 1
+        if self.non_finite > NON_FINITE_LIMIT:
+            raise BackendError(
+                f"step {step}: {self.non_finite} minibatches were not finite (limit {NON_FINITE_LIMIT}), the last with "
+                f"gradient norm {norm}; lower trainer.lr, or look for a reward or logprob that is not finite"
+            )
+
+    def _metrics(self, batch: TrainBatch, progress: StepProgress, rate: float, seconds: float) -> dict[str, float]:
+        tally = progress.tally
+        minibatches = max(len(tally.log_ratio_by_minibatch), 1)
+        trained = len(batch.token_ids) * self.settings.epochs
+        return {
+            "train/loss": tally.loss / minibatches,
+            "train/grad_norm_mean": float(np.mean(progress.grad_norms)) if progress.grad_norms else 0.0,
+            "train/grad_norm_max": max(progress.grad_norms, default=0.0),
+            **tally.means(),
+            "train/lr": rate,
+            "train/optimizer_steps": float(len(progress.grad_norms)),
+            "train/skipped_minibatches": float(progress.skipped),
+            "train/stopped_early": float(progress.stopped_early),
+            "train/tokens": float(len(batch.token_ids)),
+            "train/action_tokens": float(batch.action_mask.sum()),
+            "train/sequences": float(len(batch.lengths)),
+            "train/tokens_per_s": trained / seconds if seconds > 0 else 0.0,
+            "time/train_s": seconds,
+            **{f"time/train_{name}_s": value for name, value in progress.seconds.items()},
+        }
