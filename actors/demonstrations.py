@@ -2,12 +2,15 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loopwright.actors.chat import ChatFormat
 from loopwright.algorithms.records import Context
 from loopwright.envs.protocol import Env, EnvError, Message, Observation, Task
+
+if TYPE_CHECKING:  # recording needs no tokenizer
+    from loopwright.actors.chat import ChatFormat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +50,7 @@ def texts(demonstrations: Iterable[Demonstration]) -> Iterable[str]:
             yield from (m.content for m in reply)
 
 
-def tokenize(demonstration: Demonstration, chat: ChatFormat) -> Context:
+def tokenize(demonstration: Demonstration, chat: "ChatFormat") -> Context:
     """The tokens an engine would have seen and produced, each action closed by the template's own end of turn."""
     prompt = chat.open(demonstration.opening.messages, demonstration.opening.tools)
     pieces: list[tuple[np.ndarray, int]] = [(prompt, -1)]  # (tokens, turn or -1)

@@ -4,13 +4,16 @@ import asyncio
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from loopwright.actors.chat import ChatFormat
 from loopwright.actors.episode import EpisodeLimits, Generate, play_episode
 from loopwright.algorithms.records import encode
 from loopwright.envs import registry
 from loopwright.envs.protocol import Env, decode_task
+
+
+if TYPE_CHECKING:  # transformers is imported where the tokenizer is loaded, in the worker's own process
+    from loopwright.actors.chat import ChatFormat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +43,7 @@ class EnvWorker:
     def __init__(self, settings: WorkerSettings, engines: Sequence[Generate]) -> None:
         self._settings = settings
         self._engines = engines
-        self._chat = ChatFormat.load(settings.tokenizer_path)
+        self._loaded_chat: ChatFormat | None = None
         self._idle: list[Env] = []
         self._playing = 0
         self._played = 0
@@ -51,7 +54,7 @@ class EnvWorker:
         self._playing += 1
         try:
             rollout = await play_episode(
-                env, decode_task(order.task), order.attempt, self._engines[order.engine], self._chat,
+                env, decode_task(order.task), order.attempt, self._engines[order.engine], self._chat(),
                 order.limits, seed=order.seed, priority=order.priority,
             )
         finally:
@@ -64,7 +67,8 @@ class EnvWorker:
         return encode(rollout)
 
     async def ping(self) -> dict[str, int]:
-        """Proof of life: process id and counters."""
+        """Proof of life: process id and counters. The first one also loads the tokenizer."""
+        self._chat()
         return {"pid": os.getpid(), "playing": self._playing, "played": self._played}
 
     async def close(self) -> None:
@@ -72,6 +76,13 @@ class EnvWorker:
         for env in self._idle:
             await _close_quietly(env)
         self._idle.clear()
+
+    def _chat(self) -> "ChatFormat":
+        from loopwright.actors.chat import ChatFormat
+
+        if self._loaded_chat is None:
+            self._loaded_chat = ChatFormat.load(self._settings.tokenizer_path)
+        return self._loaded_chat
 
     def _build(self) -> Env:
         return registry.load(self._settings.environment, self._settings.options)

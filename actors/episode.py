@@ -5,14 +5,16 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from loopwright.actors.chat import ChatFormat
 from loopwright.actors.engine import Completion, FinishReason, GenerateRequest
 from loopwright.algorithms.records import Context, EndReason, Outcome, Rollout
 from loopwright.envs.protocol import Env, Step, Task, TaskError
+
+if TYPE_CHECKING:  # the controller reads the limits and error types only, without transformers
+    from loopwright.actors.chat import ChatFormat
 
 T = TypeVar("T")
 ENGINE_FAULT = "engine lost"  # how the fault of a rollout whose engine died begins
@@ -92,7 +94,7 @@ async def play_episode(
     task: Task,
     attempt: int,
     generate: Generate,
-    chat: ChatFormat,
+    chat: "ChatFormat",
     limits: EpisodeLimits,
     *,
     seed: int,
@@ -127,7 +129,7 @@ async def play_episode(
 
 
 async def _play(
-    env: Env, task: Task, attempt: int, generate: Generate, chat: ChatFormat, limits: EpisodeLimits,
+    env: Env, task: Task, attempt: int, generate: Generate, chat: "ChatFormat", limits: EpisodeLimits,
     seed: int, priority: int, session: str, progress: _Progress,
 ) -> Rollout:
     observation = await _timed(env.reset(task), progress, "reset")
@@ -174,7 +176,7 @@ async def _play(
     )
 
 
-def _reply(step: Step, completion: Completion, chat: ChatFormat) -> np.ndarray:
+def _reply(step: Step, completion: Completion, chat: "ChatFormat") -> np.ndarray:
     """The environment's reply as tokens; a turn cut off by its budget is closed by the template's own end."""
     cut = completion.finish_reason is not FinishReason.STOP
     last = None if cut or not completion.token_ids.size else int(completion.token_ids[-1])

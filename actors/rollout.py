@@ -1,6 +1,5 @@
 """Rollout actor: one process, one engine, and the rule that it serves nobody before it holds the current weights."""
 
-import importlib
 import os
 
 from loopwright.actors.engine import (
@@ -14,25 +13,14 @@ from loopwright.actors.engine import (
 )
 from loopwright.actors.episode import EngineLost
 from loopwright.actors.weights import WeightManifest
-
-ENGINES = {
-    "torch": "loopwright.actors.torch_engine:TorchEngine",
-    "vllm": "loopwright.actors.vllm_engine:VllmEngine",
-}
-
-
-def build_engine(name: str, settings: EngineSettings) -> Engine:
-    """The engine called `name`, not started."""
-    module, _, cls = ENGINES[name].partition(":")
-    engine: Engine = getattr(importlib.import_module(module), cls)(settings)
-    return engine
+from loopwright.configs.backends import load_backend
 
 
 class RolloutActor:
     """Holds an engine. A fresh one (also after a restart) loads `start`, then `update`, and only then serves."""
 
     def __init__(self, engine: str, settings: EngineSettings) -> None:
-        self._engine = build_engine(engine, settings)
+        self._engine: Engine = load_backend("rollout.engine", engine)(settings)
         self._serving = False
         self._started = False
 

@@ -3,6 +3,7 @@
 import os
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,11 @@ class Trainer:
         state = torch.load(state_file, map_location=self.settings.device, weights_only=True)
         self.backend.restore(load_tensors(folder), state)
         return self.backend.step
+
+    def reset(self, model_path: str) -> None:
+        """Begin again at version 0 from the weights at `model_path`, with a fresh optimizer."""
+        self.settings = replace(self.settings, model_path=model_path)
+        self.backend = TorchBackend(self.settings)
 
     def probe(self, token_ids: np.ndarray) -> np.ndarray:
         """Logprob of each token after the first under the current weights, at the training temperature: [T] float32.

@@ -22,7 +22,8 @@ class Training:
     """One trainer actor and what is needed to rebuild its state."""
 
     def __init__(
-        self, actor: Actor, *, start_s: float, step_s: float, restarts: RestartBudget, event: Callable[..., None]
+        self, actor: Actor, *, initial: str, start_s: float, step_s: float, restarts: RestartBudget,
+        event: Callable[..., None],
     ) -> None:
         self._actor = actor
         self._start_s = start_s
@@ -31,14 +32,14 @@ class Training:
         self._event = event
         self._checkpoint: Path | None = None
         self._since: list[tuple[int, bytes]] = []  # steps taken after the checkpoint
-        self._initial: Path | None = None  # weights of version 0, where they are not the model path's own
+        self._initial = initial  # model path of version 0
 
     async def start(self, checkpoint: Path | None) -> None:
         """Wait for the trainer, and load `checkpoint` if there is one."""
         self._checkpoint = checkpoint
         await self._robustly(self._load)
 
-    async def reset(self, model_path: Path) -> None:
+    async def reset(self, model_path: str) -> None:
         """Begin from these weights as version 0, with a fresh optimizer."""
         self._initial = model_path
         await self._robustly(self._load)
@@ -108,8 +109,8 @@ class Training:
         await self._call("ping", waiting_for="trainer to start", timeout_s=self._start_s)
         if self._checkpoint is not None:
             await self._call("load", str(self._checkpoint), waiting_for=f"load of {self._checkpoint}")
-        elif self._initial is not None:
-            await self._call("reset", str(self._initial), waiting_for=f"load of {self._initial}")
+        else:
+            await self._call("reset", self._initial, waiting_for=f"load of {self._initial}")
 
     async def _call(self, method: str, *args: Any, waiting_for: str, timeout_s: float | None = None) -> Any:
         return await self._actor.call(method, *args, timeout_s=timeout_s or self._step_s, waiting_for=waiting_for)

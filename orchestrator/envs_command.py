@@ -1,0 +1,149 @@
+"""`loopwright envs`: list, describe, check, and play an environment by hand or let its oracle play."""
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from loopwright.envs import conformance, registry
+from loopwright.envs.protocol import Env, Message, Task, TaskSource, Verdict
+from loopwright.orchestrator.faults import RunError
+
+ABOUT = """Environments: what there is, and what an episode looks like.
+
+  loopwright envs list
+  loopwright envs describe officeworld
+  loopwright envs play officeworld --task 3          you are the policy: type actions, see what comes back
+  loopwright envs play officeworld --oracle          watch the oracle solve it
+  loopwright envs check my_package.world:World       run the conformance kit on your own
+
+NAME is a registered name, `module:Class`, or `path/to/file.py:Class`."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `loopwright envs`."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("list", help="every environment known here")
+    for name, help_text in (
+        ("describe", "what it is, its budgets, and one task as the policy sees it"),
+        ("play", "play one task in this terminal"),
+        ("check", "run the conformance kit; exit code 1 if it finds something"),
+    ):
+        action = actions.add_parser(name, help=help_text)
+        action.add_argument("name", metavar="NAME", help="environment")
+        action.add_argument(
+            "--option", action="append", default=[], metavar="KEY=VALUE",
+            help="an option of the environment (repeatable), e.g. style=full",
+        )
+        action.add_argument("--split", default="test", choices=("train", "test"), help="default: test")
+        action.add_argument("--task", type=int, default=0, metavar="N", help="which task of the split, from 0")
+        action.add_argument("--seed", type=int, default=0, help="seed of the stream of tasks")
+        if name == "play":
+            action.add_argument("--oracle", action="store_true", help="let the oracle play")
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Run the action; its exit code."""
+    if arguments.action == "list":
+        for name, description in registry.list_environments().items():
+            print(f"{name:20} {description}")
+        return 0
+    options = _options(arguments.option)
+    if arguments.action == "check":
+        return _check(arguments.name, options)
+    env = registry.load(arguments.name, options)
+    task = _task(env, arguments)
+    if arguments.action == "describe":
+        asyncio.run(_describe(env, task))
+    else:
+        asyncio.run(_play(env, task, oracle=arguments.oracle))
+    return 0
+
+
+def _options(texts: Iterable[str]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise RunError(f"--option {text!r}: expected KEY=VALUE")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return options
+
+
+def _task(env: Env, arguments: argparse.Namespace) -> Task:
+    if not isinstance(env, TaskSource):
+        raise RunError(f"{arguments.name} has no tasks(split, seed)")
+    found = list(islice(env.tasks(arguments.split, arguments.seed), arguments.task, arguments.task + 1))
+    if not found:
+        raise RunError(f"{arguments.name}: the {arguments.split} split has fewer than {arguments.task + 1} tasks")
+    return found[0]
+
+
+async def _describe(env: Env, task: Task) -> None:
+    spec = env.spec
+    print(f"{spec.name} {spec.version}\n{spec.description}")
+    print(f"budget: {spec.max_turns} turns · deterministic: {spec.deterministic} · license: {spec.license}")
+    print(f"\ntask {task.id} (scenario {task.scenario}, difficulty {task.difficulty}):")
+    observation = await env.reset(task)
+    _show(observation.messages)
+    for tool in observation.tools:
+        print(f"  tool {tool.get('function', tool).get('name')}")
+    await env.close()
+
+
+async def _play(env: Env, task: Task, *, oracle: bool) -> None:
+    observation = await env.reset(task)
+    print(f"task {task.id} (scenario {task.scenario}, difficulty {task.difficulty})")
+    _show(observation.messages)
+    actions = env.oracle() if oracle else _typed()
+    turns = 0
+    for action in actions:
+        if oracle:
+            print(f"[assistant] {action}")
+        step = await env.step(action)
+        turns += 1
+        _show(step.observation.messages)
+        for signal in step.signals:
+            print(f"  ({signal})")
+        if step.terminated or turns >= env.spec.max_turns:
+            break
+    _grade(await env.evaluate(), turns)
+    await env.close()
+
+
+def _typed() -> Iterator[str]:
+    """What a person types, a line a turn; an empty line or end of input gives up."""
+    print("Type an action a line; an empty line ends the episode.")
+    while True:
+        print("> ", end="", flush=True)
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        yield line
+
+
+def _show(messages: Iterable[Message]) -> None:
+    for message in messages:
+        print(f"[{message.role}] {message.content}")
+
+
+def _grade(verdict: Verdict, turns: int) -> None:
+    print(f"\nreward {verdict.reward:.3f} after {turns} turns: {'solved' if verdict.success else 'not solved'}")
+    for name, value in verdict.parts.items():
+        print(f"  {value:6.3f}  {name}")
+
+
+def _check(name: str, options: dict[str, Any]) -> int:
+    findings = asyncio.run(conformance.check(lambda: registry.load(name, options)))
+    for finding in findings:
+        print(finding)
+    print(f"{name}: {'conforms' if not findings else f'{len(findings)} findings'}")
+    return 1 if findings else 0
+
+

@@ -1,0 +1,27 @@
+"""What a run says at its end, in a few lines a person reads."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def tell(folder: Path, summary: Mapping[str, Any]) -> str:
+    """Before → after, what it took, where it lies."""
+    success = summary["success"]
+    lines = []
+    if "final" in success:
+        gained = 100 * (success["final"] - success["warm_start"])
+        lines.append(
+            f"held-out success: untouched {success['initial']:.1%} → cloned {success['warm_start']:.1%} → "
+            f"after RL {success['final']:.1%}  ({gained:+.1f} points from RL alone)"
+        )
+    else:
+        lines.append(f"stopped after step {summary['steps']}; go on with --resume")
+    tokens, lag, seconds = summary["tokens"], summary["lag"], summary["seconds"]
+    lines += [
+        f"{summary['steps']} steps, {summary['episodes']} episodes, {tokens['generated']} tokens generated, "
+        f"{summary['publishes']} publishes, policy lag mean {lag['mean']:.2f} max {lag['max']}, "
+        f"{summary['restarts']} restarts, {seconds['total']:.0f} s",
+        f"run folder: {folder}  (curve.png, summary.json, metrics.jsonl, checkpoints/)",
+    ]
+    return "\n".join(lines)

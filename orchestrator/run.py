@@ -1,0 +1,209 @@
+"""One run from configuration to summary: check, start, warm-start, train, evaluate, leave a folder that says it all."""
+
+import asyncio
+import contextlib
+import shutil
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loopwright.configs.load import Loaded, render
+from loopwright.configs.schema import Config
+from loopwright.envs.protocol import Env
+from loopwright.orchestrator import assembly, warm_start
+from loopwright.orchestrator.buffer import GroupBuffer
+from loopwright.orchestrator.cluster import Cluster
+from loopwright.orchestrator.evaluation import evaluate
+from loopwright.orchestrator.faults import RunError
+from loopwright.orchestrator.ledger import Ledger
+from loopwright.orchestrator.loop import train
+from loopwright.orchestrator.parts import Parts, checkpoints, read_run_state
+from loopwright.orchestrator.picture import draw
+from loopwright.orchestrator.recorder import Recorder, write_json
+from loopwright.orchestrator.tasks import TaskStream
+from loopwright.orchestrator.trackers import Trackers, open_trackers
+
+_MIN_FREE_BYTES = 200 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """How a run ended."""
+
+    folder: Path
+    summary: dict[str, Any]
+    complete: bool  # False: stopped on request, `--resume` goes on
+
+
+def run_folder(config: Config) -> Path:
+    """`run.dir`/`run.name`."""
+    return Path(config.run.dir) / config.run.name
+
+
+async def run(loaded: Loaded, *, resume: bool) -> Ended:
+    """Run to the end. Raises `RunError` (or `EnvError`) with the reason; what was earned is in the run's folder."""
+    config = loaded.config
+    folder = prepare_folder(loaded, resume)
+    env = assembly.build_environment(config)
+    whole = checkpoints(folder) if resume else []
+    state = read_run_state(whole[-1][1]) if whole else None
+    with (
+        contextlib.closing(run_trackers(config, folder)) as trackers,
+        contextlib.closing(Ledger(folder / "ledger")) as ledger,
+    ):
+        recorder = Recorder(trackers, resumed=state)
+        if ledger.state.cut_bytes:
+            recorder.event("ledger_cut", size_bytes=ledger.state.cut_bytes)
+        recorder.phase("starting Ray" if config.cluster.address != "none" else "starting in this process")
+        with recorder.timed("start_cluster"):
+            cluster = await asyncio.to_thread(assembly.open_cluster, config)
+        recorder.phase(cluster.description)
+        try:
+            parts = await _start(config, folder, env, cluster, recorder, ledger, whole[-1] if whole else None)
+            with _stop_on_signals(parts.stop):
+                return await _train(config, parts)
+        finally:
+            await asyncio.to_thread(cluster.shutdown)
+            await env.close()
+
+
+def run_trackers(config: Config, folder: Path) -> Trackers:
+    """The trackers that `run.trackers` names, writing into `folder`."""
+    return open_trackers(
+        config.run.trackers, folder, run_name=config.run.name, total_steps=config.run.steps,
+        config=config.model_dump(mode="json"),
+    )
+
+
+def prepare_folder(loaded: Loaded, resume: bool) -> Path:
+    """Checks that need nothing started; the run's folder with its `config.toml`."""
+    config = loaded.config
+    assembly.check_model(config.model.path)
+    folder = run_folder(config)
+    started = (folder / "config.toml").exists()
+    if started and not resume:
+        raise RunError(
+            f"{folder} holds a run already: add --resume to go on with it, "
+            "--set run.name=... to start another, or remove the folder"
+        )
+    if resume and not started:
+        raise RunError(f"--resume: there is no run in {folder}; start it without --resume")
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < _MIN_FREE_BYTES:
+        raise RunError(f"{folder} has {free >> 20} MiB of free disk, a run needs {_MIN_FREE_BYTES >> 20} MiB")
+    (folder / "config.toml").write_text(render(loaded))
+    return folder
+
+
+async def _start(
+    config: Config, folder: Path, env: Env, cluster: Cluster, recorder: Recorder, ledger: Ledger,
+    checkpoint: tuple[int, Path] | None,
+) -> Parts:
+    """Actors up, version 0 (or the checkpoint's) in every engine, and its success measured where that is due."""
+    plan = await warm_start.prepare(config, folder, env, cluster, recorder)
+    parts = _parts(config, folder, env, cluster, recorder, ledger, plan, checkpoint)
+    recorder.phase("starting trainer, engines and environment workers")
+    if checkpoint is not None or plan.finished:
+        await _bring_up(parts, plan, checkpoint)
+        if checkpoint is None:
+            recorder.success["warm_start"] = await parts.evaluate(0)
+    else:
+        await _bring_up(parts, plan, None)
+        await _initial_and_clone(parts, plan)
+    recorder.success.setdefault("initial", recorder.success.get("warm_start", 0.0))
+    return parts
+
+
+async def _bring_up(parts: Parts, plan: warm_start.Plan, checkpoint: tuple[int, Path] | None) -> None:
+    with parts.recorder.timed("start_actors"):
+        await parts.training.start(checkpoint[1] if checkpoint else None)
+        if checkpoint is None and plan.finished:
+            await parts.training.reset(str(plan.cloned))
+        manifest = await parts.training.publish(parts.buffer.version)
+        reports = await parts.pool.start(manifest)
+    parts.recorder.published(manifest, reports)
+
+
+async def _initial_and_clone(parts: Parts, plan: warm_start.Plan) -> None:
+    """Measure the untouched policy while demonstrations are cloned beside it; then begin from the clone."""
+    recorder = parts.recorder
+    if plan.starter is None:
+        recorder.success["initial"] = await parts.evaluate(0)
+        recorder.success["warm_start"] = recorder.success["initial"]
+        return
+    async with asyncio.TaskGroup() as tasks:
+        cloning = tasks.create_task(warm_start.clone(plan, recorder))
+        metrics = await evaluate(
+            parts.pool, parts.eval_tasks, parts.eval_limits, seed=parts.eval_seed,
+            timeout_s=parts.step_timeout_s, progress=lambda done, total: None,
+        )
+        recorder.success["initial"] = metrics["eval/success"]
+        await cloning
+    await parts.training.reset(str(plan.cloned))
+    manifest = await parts.training.publish(0)
+    recorder.published(manifest, await parts.pool.publish(manifest))
+    recorder.success["warm_start"] = await parts.evaluate(0)
+
+
+def _parts(
+    config: Config, folder: Path, env: Env, cluster: Cluster, recorder: Recorder, ledger: Ledger,
+    plan: warm_start.Plan, checkpoint: tuple[int, Path] | None,
+) -> Parts:
+    actors = assembly.spawn(cluster, config, plan.base, recorder)
+    r, run_ = config.rollout, config.run
+    buffer = GroupBuffer(
+        groups_per_step=r.groups_per_step, max_lag=r.max_lag, version=checkpoint[0] if checkpoint else 0
+    )
+    tickets = (r.max_lag + 1) * r.groups_per_step
+    at_once = -(-r.engines * r.concurrency // r.group_size) + 1  # one more, so that no engine runs dry
+    source = warm_start.source_of(env)
+    return Parts(
+        folder=folder, steps=run_.steps, samplers=min(tickets, at_once), seed=run_.seed, group_size=r.group_size,
+        advantage=config.algorithm.advantage, drop_below=config.algorithm.drop_below,
+        step_timeout_s=config.cluster.step_timeout_s, max_seconds=run_.max_seconds,
+        eval_every=run_.eval_every, checkpoint_every=run_.checkpoint_every,
+        keep_checkpoints=run_.keep_checkpoints,
+        limits=assembly.episode_limits(config, env, evaluation=False),
+        eval_limits=assembly.episode_limits(config, env, evaluation=True),
+        eval_tasks=TaskStream(source, "test", config.evaluation.seed).first(config.evaluation.tasks),
+        eval_seed=config.evaluation.seed, stream=TaskStream(source, "train", config.environment.seed),
+        buffer=buffer, pool=actors.pool, training=actors.training, ledger=ledger, recorder=recorder,
+    )
+
+
+async def _train(config: Config, parts: Parts) -> Ended:
+    recorder = parts.recorder
+    recorder.phase(f"training: {parts.steps} steps, lag ≤ {parts.buffer.max_lag}")
+    try:
+        with recorder.timed("training"):
+            await train(parts)
+        version = parts.buffer.version
+        complete = version >= parts.steps
+        newest = checkpoints(parts.folder)
+        if version and (not newest or newest[-1][0] < version):
+            await parts.checkpoint(version)
+    finally:
+        await parts.pool.close()
+        draw(parts.folder / "curve.png", recorder.summary())
+    if complete:
+        recorder.success["final"] = recorder.summary()["curve"][-1][1]
+    summary = recorder.summary() | {"name": config.run.name, "complete": complete}
+    write_json(parts.folder / "summary.json", summary)
+    return Ended(folder=parts.folder, summary=summary, complete=complete)
+
+
+@contextlib.contextmanager
+def _stop_on_signals(stop: asyncio.Event) -> Iterator[None]:
+    """SIGTERM (`ray job stop`, Kubernetes) and Ctrl-C end the run after the current step, with a checkpoint."""
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGTERM, signal.SIGINT)
+    for number in signals:
+        loop.add_signal_handler(number, stop.set)
+    try:
+        yield
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
