@@ -113,6 +113,11 @@ class Engine(Protocol):
         older version. Raises `EngineError` naming the tensors whose checksum does not match."""
         ...
 
+    async def probe(self, token_ids: np.ndarray) -> np.ndarray:
+        """Logprobs [T-1] float32 of the given tokens [T] int32 under the weights being served, computed by the
+        engine itself, bypassing caches."""
+        ...
+
     async def stats(self) -> EngineStats:
         """Counters and gauges; never waits for generation."""
         ...

@@ -1,24 +1,25 @@
-"""The engine that serves with vLLM, on GPUs and on plain CPUs, through vLLM's public interfaces alone.
+"""The engine that serves with vLLM, on GPUs and on plain CPUs, by vLLM's public interfaces alone.
 
     this process (asyncio)                      vLLM's engine core process
     VllmEngine -> AsyncLLM.generate  ------->   scheduler, model, sampler
                -> verify, pause, update ---->   actors/vllm_transfer.py: shared memory -> layers
                <- tokens, logprobs, spans of weight versions
 
-An update is: checksum what lies in shared memory; pause; load; number the version; resume. vLLM drops every cached
-prefix at the pause. A running sequence that goes on (`continue`) has its KV computed again under the new weights,
-because vLLM cannot drop cached prefixes and keep the blocks that running sequences share with them: its next
-token is exactly what the new weights give for the tokens so far.
+An update is: checksum what lies in shared memory; pause; load; number the version; resume. vLLM
+drops every cached prefix at the pause. A running sequence that goes on (`continue`) has its KV
+computed again under the new weights, because vLLM cannot drop cached prefixes and keep the blocks
+that running sequences share with them: its next token is exactly what the new weights give for the
+tokens so far.
 
-vLLM is imported when `start` runs. `VLLM_CPU_ENVIRONMENT` belongs in the environment of the process before anything
-imports torch; whoever launches the process passes it. Pinned to vLLM 0.32: 0.33 renames parts of its
-weight-transfer interface. The code for `device="cuda"` is the same without the CPU settings; it was not run on a GPU.
+vLLM is imported when `start` runs. `VLLM_CPU_ENVIRONMENT` belongs in the environment of the process
+before anything imports torch; whoever launches the process passes it. Pinned to vLLM 0.32: 0.33
+renames parts of its weight-transfer interface. The code for `device="cuda"` is the same without the
+CPU settings; it was not run on a GPU.
 """
 
 import asyncio
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -32,7 +33,13 @@ from loopwright.actors.engine import (
     OnUpdate,
     UpdateReport,
 )
-from loopwright.actors.vllm_setup import StepMeter, engine_arguments, prepare_environment, require_vllm
+from loopwright.actors.vllm_setup import (
+    CheckpointLayout,
+    StepMeter,
+    engine_arguments,
+    prepare_environment,
+    require_vllm,
+)
 from loopwright.actors.weights import WeightManifest, encode
 
 if TYPE_CHECKING:
@@ -45,14 +52,13 @@ _FINISH_REASONS = {
     "length": FinishReason.LENGTH,
     "abort": FinishReason.CANCELLED,
 }
-_NAMED = 5  # tensors an error names before it counts the rest
 
 
 class VllmEngine:
     """`Engine` on vLLM's `AsyncLLM`."""
 
     def __init__(self, settings: EngineSettings) -> None:
-        """Nothing starts before `start`. `settings.options` are `AsyncEngineArgs` fields, passed through."""
+        """Nothing starts before `start`. `settings.options` are further `AsyncEngineArgs`."""
         self._settings = settings
         self._llm: AsyncLLM | None = None
         self._meter = StepMeter()
@@ -60,14 +66,15 @@ class VllmEngine:
         self._updating = asyncio.Lock()
         self._version = 0
         self._probes = 0
-        self._checkpoint: _Checkpoint | None = None
+        self._checkpoint: CheckpointLayout | None = None
         self._out_of_service = "it is not started; call start()"  # empty: serving
         self._started_at = time.monotonic()
 
     async def start(self) -> None:
-        """Load the model in a new engine core process; blocks this event loop for the 5 to 25 s it takes.
+        """Load the model in a new engine core process; blocks this event loop for its 5 to 25 s.
 
-        vLLM may seed this process's global random state on the way. Raises `EngineError` if vLLM is missing, of another release, or cannot start.
+        vLLM may seed this process's global random state on the way. Raises `EngineError` if vLLM is
+        missing, of another release, or cannot start.
         """
         if self._llm is not None:
             raise EngineError("VllmEngine.start: it runs already; one start per engine")
@@ -81,20 +88,22 @@ class VllmEngine:
                 f"{self._settings.dtype}, max_context {self._settings.max_context}, kv_bytes "
                 f"{self._settings.kv_bytes:,}: {error}"
             ) from error
-        # Asked once here, so that `generate` registers a request without waiting and `cancel` finds it.
+        # Asked once here, so that `generate` registers a request without waiting and `cancel`
+        # finds it.
         await self._llm.get_supported_tasks()
         await self._llm.update_weight_version("0")
         self._started_at = time.monotonic()
         self._out_of_service = ""
 
     async def generate(self, request: GenerateRequest) -> Completion:
-        """Serve one request. Raises `EngineError` if it does not fit, is a duplicate, or vLLM fails."""
+        """Serve one request. Raises `EngineError` if it does not fit, runs already, or fails."""
         llm = self._serving(f"request {request.request_id!r}")
         prompt_ids = request.prompt_ids.tolist()
         self._check_fits(request.request_id, len(prompt_ids), request.max_new_tokens)
         if request.request_id in self._in_flight:
             raise EngineError(
-                f"request {request.request_id!r} is running already; give every request its own request_id"
+                f"request {request.request_id!r} is running already; give every request its own "
+                f"request_id"
             )
         room = self._settings.max_context - len(prompt_ids)
         output = await self._last_output(
@@ -114,8 +123,8 @@ class VllmEngine:
         return True
 
     async def probe(self, token_ids: np.ndarray) -> np.ndarray:
-        """Logprobs [T-1] float32 of the given tokens [T] int32 under the weights being served, computed by the
-        engine itself, bypassing caches.
+        """Logprobs [T-1] float32 of the given tokens [T] int32 under the weights being served,
+        computed by the engine itself, bypassing caches.
 
         Raises `EngineError` unless 2 <= T < max_context.
         """
@@ -125,43 +134,47 @@ class VllmEngine:
         llm = self._serving("probe")
         tokens = token_ids.tolist()
         if len(tokens) < 2:
-            raise EngineError(f"probe of {len(tokens)} tokens: at least 2 are needed for one logprob")
+            raise EngineError(
+                f"probe of {len(tokens)} tokens: at least 2 are needed for one logprob"
+            )
         self._check_fits("probe", len(tokens), 1)
         params = SamplingParams(
             max_tokens=1, temperature=0.0, prompt_logprobs=0, skip_reading_prefix_cache=True,
             ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
         self._probes += 1
-        output = await self._last_output(llm, f"loopwright-probe-{self._probes}", tokens, params, -1)
+        output = await self._last_output(
+            llm, f"loopwright-probe-{self._probes}", tokens, params, -1
+        )
         rows = output.prompt_logprobs[1:]
         return np.array(
-            [row[token].logprob for row, token in zip(rows, tokens[1:], strict=True)], dtype=np.float32
+            [row[token].logprob for row, token in zip(rows, tokens[1:], strict=True)],
+            dtype=np.float32,
         )
 
     async def update_weights(self, manifest: WeightManifest, on_update: OnUpdate) -> UpdateReport:
         """Take the published weights; every cached prefix is dropped.
 
-        `checksums` are those of the bytes the worker read from shared memory, compared before any layer is
-        touched: served layers are re-packed and cannot be compared; `probe` tells what they compute. Raises
-        `EngineError` naming the tensors that are wrong, missing or of another shape; the former version then goes on
-        being served. If loading itself fails the engine refuses everything from then on.
+        `checksums` are those of the bytes the worker read from shared memory, compared before any
+        layer is touched: served layers are re-packed and cannot be compared; `probe` tells what
+        they compute. Raises `EngineError` naming the tensors that are wrong, missing or of another
+        shape; the former version then goes on being served. If loading itself fails the engine
+        refuses everything from then on.
         """
+        from vllm.exceptions import VLLMError
+
         async with self._updating:
             llm = self._serving(f"update to version {manifest.version}")
             began = time.monotonic()
             self._check_manifest(llm, manifest)
             payload = encode(manifest)
-            checksums = await self._verified(llm, payload, manifest.version)
-            still_from = time.monotonic()
-            await llm.pause_generation(
-                mode="keep" if on_update == "continue" else "wait", clear_cache=True
-            )
-            if on_update == "finish":
-                still_from = time.monotonic()
             try:
-                await self._load(llm, payload, manifest.version)
-            finally:
-                await llm.resume_generation()
+                checksums = await self._verified(llm, payload, manifest.version)
+                still_from = await self._swap(llm, payload, manifest.version, on_update)
+            except VLLMError as error:
+                raise EngineError(
+                    f"vLLM failed the update to version {manifest.version}: {error}"
+                ) from error
             ended = time.monotonic()
             return UpdateReport(
                 version=self._version,
@@ -171,7 +184,7 @@ class VllmEngine:
             )
 
     async def stats(self) -> EngineStats:
-        """Counters and gauges; never waits for generation. `busy_s` is wall time with sequences running."""
+        """Counters and gauges, at once. `busy_s` is wall time with sequences running."""
         running = min(self._meter.running, len(self._in_flight))
         return EngineStats(
             version=self._version,
@@ -208,7 +221,9 @@ class VllmEngine:
             head_size = config.model_config.get_head_size()
             sizes = CPUAttentionBackend.get_supported_head_sizes()
             if head_size not in sizes:  # vLLM itself dies of it at the first request
-                raise ValueError(f"head size {head_size}; vLLM on a CPU has {sizes}, use the torch engine")
+                raise ValueError(
+                    f"head size {head_size}; vLLM on a CPU has {sizes}, use the torch engine"
+                )
         return AsyncLLM.from_vllm_config(
             config, disable_log_stats=True, stat_loggers=[lambda _config, _index=0: self._meter]
         )
@@ -222,14 +237,21 @@ class VllmEngine:
         limit = self._settings.max_context
         if not 1 <= prompt_length < limit:
             raise EngineError(
-                f"request {request_id!r}: a prompt of {prompt_length} tokens does not fit; it must hold 1 to "
-                f"{limit - 1} (max_context {limit}, one token to generate)"
+                f"request {request_id!r}: a prompt of {prompt_length} tokens does not fit; it must "
+                f"hold 1 to {limit - 1} (max_context {limit}, one token to generate)"
             )
         if max_new_tokens < 1:
-            raise EngineError(f"request {request_id!r}: max_new_tokens {max_new_tokens}, at least 1 is needed")
+            raise EngineError(
+                f"request {request_id!r}: max_new_tokens {max_new_tokens}, at least 1 is needed"
+            )
 
     async def _last_output(
-        self, llm: "AsyncLLM", request_id: str, prompt_ids: list[int], params: "SamplingParams", priority: int
+        self,
+        llm: "AsyncLLM",
+        request_id: str,
+        prompt_ids: list[int],
+        params: "SamplingParams",
+        priority: int,
     ) -> "RequestOutput":
         from vllm.exceptions import VLLMError
         from vllm.inputs import tokens_input
@@ -243,7 +265,9 @@ class VllmEngine:
                 last = output
         except (VLLMError, ValueError) as error:
             cause = error.__cause__ or error
-            raise EngineError(f"vLLM failed request {request_id!r}: {type(cause).__name__}: {cause}") from error
+            raise EngineError(
+                f"vLLM failed request {request_id!r}: {type(cause).__name__}: {cause}"
+            ) from error
         finally:
             self._in_flight.discard(request_id)
         if last is None or last.outputs[0].finish_reason not in _FINISH_REASONS:
@@ -254,74 +278,67 @@ class VllmEngine:
     def _check_manifest(self, llm: "AsyncLLM", manifest: WeightManifest) -> None:
         if manifest.kind != "full":
             raise EngineError(
-                f"publish of version {manifest.version} has kind {manifest.kind!r}: the vLLM engine takes 'full' "
-                f"publishes only; merge the adapter into the weights before publishing"
+                f"publish of version {manifest.version} has kind {manifest.kind!r}: the vLLM "
+                f"engine takes 'full' publishes only; merge the adapter into the weights first"
             )
         if self._checkpoint is None:
-            self._checkpoint = _Checkpoint.of(llm.model_config.hf_config)
-        problems = self._checkpoint.problems(dict(zip(manifest.names, manifest.shapes, strict=True)))
+            self._checkpoint = CheckpointLayout.of(llm.model_config.hf_config)
+        problems = self._checkpoint.problems(
+            dict(zip(manifest.names, manifest.shapes, strict=True))
+        )
         if problems:
             raise EngineError(
-                f"publish of version {manifest.version} does not describe {self._settings.model_path!r}: "
-                f"{'; '.join(problems)}. Publish every parameter of the model that the engine was started with"
+                f"publish of version {manifest.version} does not describe "
+                f"{self._settings.model_path!r}: {'; '.join(problems)}. Publish every parameter of "
+                f"the model that the engine was started with"
             )
 
     async def _verified(self, llm: "AsyncLLM", payload: bytes, version: int) -> dict[str, int]:
         answers = await llm.collective_rpc("verify_published_weights", kwargs={"manifest": payload})
         refusals = [answer["refusal"] for answer in answers if answer["refusal"]]
         if refusals:
-            raise EngineError(f"publish of version {version} is refused, the former stays: {refusals[0]}")
+            raise EngineError(
+                f"publish of version {version} is refused, the former stays: {refusals[0]}"
+            )
         return dict(answers[0]["checksums"])
+
+    async def _swap(
+        self, llm: "AsyncLLM", payload: bytes, version: int, on_update: OnUpdate
+    ) -> float:
+        """Pause, load, resume; returns when generation began to stand still."""
+        still_from = time.monotonic()
+        try:
+            if on_update == "continue":
+                await llm.pause_generation(mode="keep", clear_cache=True)
+            else:
+                await llm.pause_generation(mode="wait", clear_cache=True)
+                still_from = time.monotonic()
+            await self._load(llm, payload, version)
+        finally:
+            if self._out_of_service:  # nothing may be sampled from what was half loaded
+                await llm.abort(list(self._in_flight))
+            else:
+                await llm.resume_generation()
+        return still_from
 
     async def _load(self, llm: "AsyncLLM", payload: bytes, version: int) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        self._out_of_service = (
-            f"loading version {version} did not finish, so its layers hold parts of two versions; close it and start another"
-        )
-        await llm.start_weight_update()
-        await llm.update_weights(WeightTransferUpdateRequest(update_info={"manifest": payload}))
-        await llm.finish_weight_update(str(version))
-        self._version = int(await llm.get_weight_version())
-        self._out_of_service = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Checkpoint:
-    """What a complete publish of one model holds."""
-
-    required: frozenset[str]
-    shapes: dict[str, tuple[int, ...]]  # of the required ones and of tied names, which may be there
-
-    @classmethod
-    def of(cls, hf_config: Any) -> "_Checkpoint":
-        """From the model's configuration: its parameters, built without memory."""
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(hf_config)
-        return cls(
-            required=frozenset(name for name, _ in model.named_parameters()),
-            shapes={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
-        )
-
-    def problems(self, published: dict[str, tuple[int, ...]]) -> list[str]:
-        """One text for each way in which `published` (name -> shape) differs."""
-        found = {
-            "missing": [name for name in self.required if name not in published],
-            "unknown": [name for name in published if name not in self.shapes],
-            "of another shape": [
-                f"{name} {list(shape)} (the model has {list(self.shapes[name])})"
-                for name, shape in published.items()
-                if name in self.shapes and tuple(shape) != self.shapes[name]
-            ],
-        }
-        return [
-            f"{len(names)} {label}: {', '.join(sorted(names)[:_NAMED])}{', …' if len(names) > _NAMED else ''}"
-            for label, names in found.items()
-            if names
-        ]
+        complete = False
+        try:
+            await llm.start_weight_update()
+            await llm.update_weights(WeightTransferUpdateRequest(update_info={"manifest": payload}))
+            await llm.finish_weight_update(str(version))
+            self._version = int(await llm.get_weight_version())
+            complete = True
+        except Exception as error:  # vLLM raises the worker's failures as bare exceptions
+            raise EngineError(f"loading version {version} failed in vLLM: {error}") from error
+        finally:
+            if not complete:
+                self._out_of_service = (
+                    f"loading version {version} did not finish, so its layers hold parts of two "
+                    f"versions; close it and start another"
+                )
 
 
 def _sampling_params(request: GenerateRequest, *, max_tokens: int) -> "SamplingParams":

@@ -1,8 +1,9 @@
-"""What must be right before vLLM is imported: environment, release, arguments. Imports no vllm itself."""
+"""What must be right before vLLM starts: environment, release, arguments, the model's layout."""
 
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -27,7 +28,13 @@ _OURS = {
     "model": "model_path", "dtype": "dtype", "max_model_len": "max_context",
     "max_num_seqs": "max_concurrency", "kv_cache_memory_bytes": "kv_bytes",
 }  # fmt: skip
-_FIXED = ("logprobs_mode", "weight_transfer_config", "worker_extension_cls", "scheduling_policy")
+_NAMED = 5  # tensors an error names before it says there are more
+_FIXED = (  # `update_weights` and the meaning of logprobs rest on these
+    "logprobs_mode",
+    "weight_transfer_config",
+    "worker_extension_cls",
+    "scheduling_policy",
+)
 
 
 def prepare_environment(settings: EngineSettings) -> None:
@@ -60,19 +67,20 @@ def installed_releases() -> dict[str, str]:
 
 
 def check_release(found: Mapping[str, str], device: str) -> None:
-    """Raise `EngineError` unless exactly one distribution is installed, of the release we are pinned to."""
+    """Raise `EngineError` unless one distribution is installed, of the release we are pinned to."""
     if not found:
         raise EngineError(f"engine 'vllm' on {device}: vLLM is not installed; {_install(device)}")
     if len(found) > 1:
         raise EngineError(
-            f"engine 'vllm': {' and '.join(found)} are installed together and overwrite each other's files; "
-            f"uninstall both, then {_install(device)}"
+            f"engine 'vllm': {' and '.join(found)} are installed together and overwrite each "
+            f"other's files; uninstall both, then {_install(device)}"
         )
     for name, version in found.items():
         if version.split(".")[:2] != VLLM_RELEASE.split("."):
             raise EngineError(
-                f"engine 'vllm': {name} {version} is installed, this build works with {VLLM_RELEASE}.x only "
-                f"(the weight-transfer interface changes between releases); {_install(device)}"
+                f"engine 'vllm': {name} {version} is installed, this build works with "
+                f"{VLLM_RELEASE}.x only (the weight-transfer interface changes between releases); "
+                f"{_install(device)}"
             )
 
 
@@ -81,8 +89,8 @@ def import_failure_text(error: Exception, device: str) -> str:
     text = f"{type(error).__name__}: {error}"
     if "torchvision" in text or "triton" in text or "torchaudio" in text:
         return (
-            f"engine 'vllm': importing vLLM died with {text}. On a CPU the registry's torchvision, torchaudio, "
-            f"torchcodec and triton are builds for CUDA that break it: "
+            f"engine 'vllm': importing vLLM died with {text}. On a CPU the registry's torchvision, "
+            f"torchaudio, torchcodec and triton are builds for CUDA that break it: "
             f"pip uninstall -y torchvision torchaudio torchcodec triton"
         )
     return f"engine 'vllm' on {device}: importing vLLM died with {text}; {_install(device)}"
@@ -91,13 +99,15 @@ def import_failure_text(error: Exception, device: str) -> str:
 def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
     """Keyword arguments of vLLM's `AsyncEngineArgs`; `settings.options` come last.
 
-    Raises `EngineError` for an option that belongs to another setting or that the engine's contract fixes.
+    Raises `EngineError` for an option that belongs to another setting or that our contract fixes.
     """
     for name in settings.options:
         if name in _OURS:
             raise EngineError(f"vllm option {name!r}: set `{_OURS[name]}` of the engine instead")
         if name in _FIXED:
-            raise EngineError(f"vllm option {name!r} cannot be set: the engine's contract depends on it")
+            raise EngineError(
+                f"vllm option {name!r} cannot be set: the engine's contract depends on it"
+            )
     arguments: dict[str, Any] = {
         "model": settings.model_path,
         "dtype": settings.dtype,
@@ -127,6 +137,45 @@ def _install(device: str) -> str:
     return f"pip install 'loopwright[{extra}]'"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointLayout:
+    """What a complete publish of one model holds."""
+
+    required: frozenset[str]
+    shapes: dict[str, tuple[int, ...]]  # of the required ones and of tied names, which may be there
+
+    @classmethod
+    def of(cls, hf_config: Any) -> "CheckpointLayout":
+        """From the model's configuration: its parameters, built without memory."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(hf_config)
+        return cls(
+            required=frozenset(name for name, _ in model.named_parameters()),
+            shapes={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
+        )
+
+    def problems(self, published: dict[str, tuple[int, ...]]) -> list[str]:
+        """One text for each way in which `published` (name -> shape) differs."""
+        found = {
+            "missing": [name for name in self.required if name not in published],
+            "unknown": [name for name in published if name not in self.shapes],
+            "of another shape": [
+                f"{name} {list(shape)} (the model has {list(self.shapes[name])})"
+                for name, shape in published.items()
+                if name in self.shapes and tuple(shape) != self.shapes[name]
+            ],
+        }
+        return [
+            f"{len(names)} {label}: "
+            f"{', '.join(sorted(names)[:_NAMED])}{', …' if len(names) > _NAMED else ''}"
+            for label, names in found.items()
+            if names
+        ]
+
+
 class StepMeter:
     """Counts what vLLM reports after each of its steps: a stat logger in vLLM's terms."""
 
@@ -140,7 +189,11 @@ class StepMeter:
         self._last_step_at = time.monotonic()
 
     def record(
-        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+        self,
+        scheduler_stats: Any,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
     ) -> None:
         """One step: `SchedulerStats` and `IterationStats` of vLLM, either may be None."""
         now = time.monotonic()

@@ -1,16 +1,18 @@
-"""The half of the vLLM engine that runs inside vLLM's worker: published weights, from shared memory to layers.
+"""The half of the vLLM engine that runs inside vLLM's worker: published weights, from shared memory
+to layers.
 
 vLLM keeps its model in an engine core process. This module is imported there through vLLM's public
-`worker_extension_cls`, registers a weight-transfer backend under `BACKEND`, and is driven over the control plane
-that vLLM's reinforcement-learning interface offers (`actors/vllm_engine.py` is the other half):
+`worker_extension_cls`, registers a weight-transfer backend under `BACKEND`, and is driven over the
+control plane that vLLM's reinforcement-learning interface offers (`actors/vllm_engine.py` is the
+other half):
 
     verify_published_weights(manifest)   checksums what lies in shared memory; touches no layer
     start_weight_update                  layers go back to checkpoint format
     update_weights(manifest)             shared memory -> layers
     finish_weight_update                 layers are packed again for the processor's kernels
 
-The layer-wise reload is not optional on a CPU: linear layers serve from a re-packed copy, which plain
-`model.load_weights` leaves as it was. It never re-packs a *tied* head, which is done here.
+The layer-wise reload is not optional on a CPU: linear layers serve from a re-packed copy, which
+plain `model.load_weights` leaves as it was. It never re-packs a *tied* head, which is done here.
 
 Imports vllm at module level: nothing but a vLLM worker imports this module.
 """
@@ -21,7 +23,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from loopwright.actors.weights import WeightError, attach, decode, manifest_checksums, verify
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -33,6 +34,8 @@ from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
+
+from loopwright.actors.weights import WeightError, attach, decode, manifest_checksums, verify
 
 BACKEND = "loopwright_shared_memory"
 
@@ -69,7 +72,7 @@ class SharedMemoryTransfer(WeightTransferEngine[SharedMemoryInit, PublishedWeigh
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: PublishedWeights) -> None:
-        """Copy the published tensors into the layers. Raises `WeightError` if the segment is gone."""
+        """Copy the published tensors into the layers. `WeightError` if the segment is gone."""
         tensors = attach(decode(update_info.manifest))
         self.model.load_weights(iter(tensors.items()))
 
@@ -85,8 +88,8 @@ class SharedMemoryTransfer(WeightTransferEngine[SharedMemoryInit, PublishedWeigh
 def repack_tied_layers(model: torch.nn.Module) -> int:
     """Re-pack every layer that shares its weight with one before it; returns how many.
 
-    A tied head loads nothing of its own, so the layer-wise reload never processes it again and its packed copy
-    stays that of the former version: wrong logits, with no error.
+    A tied head loads nothing of its own, so the layer-wise reload never processes it again and its
+    packed copy stays that of the former version: wrong logits, with no error.
     """
     served: set[int] = set()
     count = 0
@@ -94,7 +97,7 @@ def repack_tied_layers(model: torch.nn.Module) -> int:
         weight = layer._parameters.get("weight")
         if weight is None:
             continue
-        method = getattr(layer, "quant_method", None)  # absent on layers that are served as they are
+        method = getattr(layer, "quant_method", None)  # norms have none
         if id(weight) in served and isinstance(method, QuantizeMethodBase):
             method.process_weights_after_loading(layer)
             count += 1
@@ -106,7 +109,7 @@ class PublishedWeightsExtension:
     """Adds one call to vLLM's worker, and by being imported there registers the backend."""
 
     def verify_published_weights(self, manifest: bytes) -> Mapping[str, Any]:
-        """`{"checksums": {name: crc32}, "refusal": ""}` of what this worker reads, or the refusal's text.
+        """`{"checksums": {name: crc32}, "refusal": ""}` of what this worker reads, or why not.
 
         A refusal is returned, not raised: vLLM passes on the text of an error but not its type.
         """
@@ -118,8 +121,8 @@ class PublishedWeightsExtension:
         return {"checksums": found, "refusal": ""}
 
 
-# Warns at every update of layers that have nothing to load: tied heads and rotary tables. The engine has compared
-# the publish with the model's parameters by then.
+# Warns at every update of layers that have nothing to load: tied heads and rotary tables. The
+# engine has compared the publish with the model's parameters by then.
 logging.getLogger(initialize_layerwise_reload.__module__).setLevel(logging.ERROR)
 
 WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryTransfer)
