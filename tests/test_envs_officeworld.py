@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loopwright.envs.actions import Call, Fault, parse_action, render_action
 from loopwright.envs.officeworld import OfficeWorld
-from loopwright.envs.officeworld.actions import Call, Fault, parse_action, render_action
 from loopwright.envs.officeworld.api import SYNONYMS, draw_dialect
 from loopwright.envs.officeworld.apps import APIS, APPS
 from loopwright.envs.officeworld.population import FIRST_NAMES, generate

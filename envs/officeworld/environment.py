@@ -7,7 +7,7 @@ from functools import lru_cache
 from random import Random
 from typing import Any
 
-from loopwright.envs.officeworld.actions import (
+from loopwright.envs.actions import (
     ActionFormat,
     Call,
     Fault,

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from loopwright.envs.officeworld.actions import ActionFormat, Call, Fault, render_action
+from loopwright.envs.actions import ActionFormat, Call, Fault, render_action
 from loopwright.envs.officeworld.api import ApiError, App
 
 Style = Literal["compact", "full"]

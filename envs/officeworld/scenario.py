@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from loopwright.envs.officeworld.actions import Call
+from loopwright.envs.actions import Call
 from loopwright.envs.officeworld.grading import Goal
 from loopwright.envs.officeworld.population import FIRST_NAMES
 from loopwright.envs.officeworld.state import Row, World

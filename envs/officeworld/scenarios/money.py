@@ -2,7 +2,7 @@
 
 from typing import cast
 
-from loopwright.envs.officeworld.actions import Call
+from loopwright.envs.actions import Call
 from loopwright.envs.officeworld.grading import Goal
 from loopwright.envs.officeworld.scenario import DONE, Draw, Plan, Scenario, call, look_up, write
 from loopwright.envs.officeworld.state import Row
