@@ -5,7 +5,7 @@ causal never sees the padding behind it), which is the fastest on a CPU; several
 positions that start over. Logits exist for one chunk of action tokens at a time, never for the whole micro-batch.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -148,11 +148,11 @@ def _chosen(hidden: Tensor, targets: Tensor, head: nn.Module, temperature: float
 
 def sequence_logprobs(
     model: nn.Module, sequences: Sequences, *, temperature: float, chunk: int, token_budget: int, pack: bool = False,
-    device: str = "cpu", chosen: Iterable[int] | None = None,
+    device: str = "cpu", chosen: np.ndarray | None = None,
 ) -> np.ndarray:
     """Logprobs of all action tokens without gradient: [N] float32, 0 where there is no action token."""
     result = np.zeros(len(sequences.token_ids), dtype=np.float32)
-    which = np.arange(len(sequences.lengths)) if chosen is None else np.fromiter(chosen, dtype=np.int64)
+    which = np.arange(len(sequences.lengths)) if chosen is None else chosen
     with torch.no_grad():
         for micro in micro_batches(sequences, which, token_budget=token_budget, pack=pack, device=device):
             values = action_logprobs(model, micro, temperature=temperature, chunk=chunk)

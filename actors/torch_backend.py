@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from loopwright.actors.allocator import keep_freed_memory
 from loopwright.actors.objective import LossSettings, MinibatchUnits, Tally, minibatch_units, weighted_loss
 from loopwright.actors.packed_forward import (
     Sequences,
@@ -131,6 +132,8 @@ class TorchBackend:
         if settings.proximal not in ("behavior", "recomputed"):
             raise BackendError(f"proximal={settings.proximal!r}, expected 'behavior' or 'recomputed'")
         torch.set_num_threads(settings.threads)
+        if settings.device == "cpu":
+            keep_freed_memory()
         torch.manual_seed(settings.seed)
         self.settings = settings
         self.step = 0
@@ -161,9 +164,10 @@ class TorchBackend:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         sequences = Sequences.of(batch.token_ids, batch.action_mask, batch.lengths)
-        proximal = self._proximal(batch, sequences, progress)
-        for epoch in range(settings.epochs):
-            for chosen in self._minibatches(batch, epoch):
+        passes = [self._minibatches(batch, epoch) for epoch in range(settings.epochs)]
+        proximal = self._proximal(batch, sequences, passes[0][1:], progress)
+        for minibatches in passes:
+            for chosen in minibatches:
                 self._optimizer_step(batch, sequences, chosen, proximal, progress)
                 # From the same weights every later minibatch would see the same ratios: the step ends here.
                 if progress.stopped_early:
@@ -173,12 +177,13 @@ class TorchBackend:
         self.step = batch.step
         return self._metrics(batch, progress, rate, time.perf_counter() - started)
 
-    def logprobs(self, sequences: Sequences) -> np.ndarray:
-        """Logprobs of the action tokens under the current weights: [N] float32, 0 elsewhere."""
+    def logprobs(self, sequences: Sequences, chosen: np.ndarray | None = None) -> np.ndarray:
+        """Logprobs of the action tokens of all (or the `chosen`) sequences: [N] float32, 0 elsewhere."""
         settings = self.settings
         return sequence_logprobs(
             self.model, sequences, temperature=settings.temperature, chunk=settings.logprob_chunk,
             token_budget=settings.token_budget, pack=settings.pack, device=settings.device,
+            chosen=chosen,
         )
 
     def hugging_face_model(self) -> nn.Module:
@@ -233,17 +238,22 @@ class TorchBackend:
             groups, lr=self.settings.lr, betas=self.settings.betas, eps=self.settings.eps, foreach=True
         )
 
-    def _proximal(self, batch: TrainBatch, sequences: Sequences, progress: StepProgress) -> np.ndarray | None:
-        """Proximal logprobs [N]; None where they are the current ones, which one optimizer step makes them."""
+    def _proximal(
+        self, batch: TrainBatch, sequences: Sequences, later: list[np.ndarray], progress: StepProgress
+    ) -> np.ndarray:
+        """Proximal logprobs [N] of the `later` minibatches; the first finds its own: nothing is updated before it."""
         if self.settings.proximal == "behavior":
             return batch.behavior_logprobs
-        if self.settings.epochs * self.settings.minibatches == 1:
-            return None
         started = time.perf_counter()
-        values = self.logprobs(sequences)
+        values = np.zeros(len(batch.token_ids), dtype=np.float32)
+        if later:
+            chosen = np.concatenate(later)
+            values = self.logprobs(sequences, chosen)
+            places = batch.action_mask & np.isin(np.repeat(np.arange(len(batch.lengths)), batch.lengths), chosen)
+            progress.tally.add_mismatch(
+                torch.from_numpy(values[places]), torch.from_numpy(batch.behavior_logprobs[places])
+            )
         progress.seconds["proximal"] = time.perf_counter() - started
-        picked = torch.from_numpy(values[batch.action_mask])
-        progress.tally.add_mismatch(picked, torch.from_numpy(batch.behavior_logprobs[batch.action_mask]))
         return values
 
     def _minibatches(self, batch: TrainBatch, epoch: int) -> list[np.ndarray]:
@@ -254,7 +264,7 @@ class TorchBackend:
         return [np.flatnonzero(np.isin(batch.rollout_ids, part)) for part in parts if part.size]
 
     def _optimizer_step(
-        self, batch: TrainBatch, sequences: Sequences, chosen: np.ndarray, proximal: np.ndarray | None,
+        self, batch: TrainBatch, sequences: Sequences, chosen: np.ndarray, proximal: np.ndarray,
         progress: StepProgress,
     ) -> None:
         units = minibatch_units(
@@ -279,21 +289,22 @@ class TorchBackend:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _accumulate_gradient(
-        self, batch: TrainBatch, sequences: Sequences, chosen: np.ndarray, proximal: np.ndarray | None,
+        self, batch: TrainBatch, sequences: Sequences, chosen: np.ndarray, proximal: np.ndarray,
         units: MinibatchUnits, progress: StepProgress,
     ) -> float:
         """Backward over all micro-batches; returns the sum of the log-ratios."""
         settings, device = self.settings, self.settings.device
         first = not progress.tally.log_ratio_by_minibatch  # before any update: current is proximal
-        compare = first and (proximal is None or settings.proximal == "behavior")
         total = 0.0
         for micro in self._micro_batches(sequences, batch.rollout_ids, chosen):
             started = time.perf_counter()
             lp = action_logprobs(self.model, micro, temperature=settings.temperature, chunk=settings.logprob_chunk)
             mu = torch.from_numpy(batch.behavior_logprobs[micro.tokens]).to(device)
-            prox = lp.detach() if proximal is None else torch.from_numpy(proximal[micro.tokens]).to(device)
-            if compare:
+            if first:
                 progress.tally.add_mismatch(lp.detach(), mu)
+                if settings.proximal == "recomputed":
+                    proximal[micro.tokens] = lp.detach().cpu().numpy()
+            prox = torch.from_numpy(proximal[micro.tokens]).to(device)
             loss, log_ratio = weighted_loss(settings.loss, units, micro.tokens, lp, prox, mu, progress.tally)
             total += log_ratio
             middle = time.perf_counter()
