@@ -188,12 +188,8 @@ class Trackers:
         for name, guest in list(self._guests.items()):
             try:
                 do(guest)
-            except (
-                Exception
-            ):  # whatever a guest raises: the run is worth more than its record there
-                _logger.warning(
-                    "tracker %s failed and is left out from here on", name, exc_info=True
-                )
+            except Exception:  # whatever it raises, the run is worth more than its record there
+                _logger.warning("tracker %s failed, left out from here on", name, exc_info=True)
                 del self._guests[name]
         for tracker in self._own:
             do(tracker)

@@ -172,7 +172,7 @@ def test_a_failing_guest_is_left_out_after_one_warning(
         trackers.close()
     assert broken.asked == 1
     assert [record.getMessage() for record in caplog.records] == [
-        "tracker remote failed and is left out from here on"
+        "tracker remote failed, left out from here on"
     ]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
