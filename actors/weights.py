@@ -1,19 +1,20 @@
 """Same-host weight channel: written once by the trainer, read in place by every engine.
 
-One POSIX shared memory segment (a file in `/dev/shm`) holds two slots. The trainer writes the slot that no engine
-reads, checksums each tensor, and only then hands out the manifest: the manifest is the commit. Publishing is serial
-and acknowledged by every engine, so a slot is never overwritten while an engine maps it; a publish that some
-engine has not acknowledged is repeated with the *same* manifest, never written again.
+One POSIX shared memory segment (a file in `/dev/shm`) holds two slots. The trainer writes the slot
+that no engine reads, checksums each tensor, and only then hands out the manifest: the manifest is
+the commit. Publishing is serial and acknowledged by every engine, so a slot is never overwritten
+while an engine maps it; a publish that some engine has not acknowledged is repeated with the *same*
+manifest, never written again.
 
     trainer                                         every engine
     shared = SharedWeights.create(run, tensors)
     manifest = shared.write(version, tensors)  -->  tensors = attach(manifest)
                                                     verify(tensors, manifest_checksums(manifest))
 
-Segments are plain memory-mapped files rather than `multiprocessing.shared_memory`: its resource tracker unlinks a
-segment when any process that attached it ends. A writer holds a file lock on its segment; the kernel drops the lock
-when the writer dies, however it dies, which is how `unlink_stale` tells what is left over. Engines that map an
-unlinked segment keep what they map.
+Segments are plain memory-mapped files rather than `multiprocessing.shared_memory`: its resource
+tracker unlinks a segment when any process that attached it ends. A writer holds a file lock on its
+segment; the kernel drops the lock when the writer dies, however it dies, which is how
+`unlink_stale` tells what is left over. Engines that map an unlinked segment keep what they map.
 """
 
 import fcntl
@@ -43,12 +44,14 @@ Kind = Literal["full", "adapter"]
 
 
 class WeightError(Exception):
-    """Weights that cannot be written, found or trusted; the text names the tensors, the limit and the remedy."""
+    """Weights that cannot be written, found or trusted; the text names the tensors, the limit and
+    the remedy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightManifest:
-    """What is published under one policy version, and where it lies. Tied tensors share one offset."""
+    """What is published under one policy version, and where it lies. Tied tensors share one
+    offset."""
 
     version: int
     kind: Kind
@@ -92,7 +95,8 @@ def manifest_checksums(manifest: WeightManifest) -> dict[str, int]:
 
 
 def checksum(tensor: "torch.Tensor") -> int:
-    """crc32 of a tensor's bytes in row-major order, any dtype; a tensor on a device is copied to the host."""
+    """crc32 of a tensor's bytes in row-major order, any dtype; a tensor on a device is copied to
+    the host."""
     import torch
 
     flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
@@ -129,8 +133,8 @@ def verify(tensors: Mapping[str, "torch.Tensor"], checksums: Mapping[str, int]) 
 def attach(manifest: WeightManifest) -> dict[str, "torch.Tensor"]:
     """Views on the published tensors, without a copy. They stay mapped for as long as a view lives.
 
-    The mapping is private: writing to a view changes this process alone, so treat the views as read-only. Raises
-    `WeightError` if the segment is gone or too small.
+    The mapping is private: writing to a view changes this process alone, so treat the views as
+    read-only. Raises `WeightError` if the segment is gone or too small.
     """
     path = SEGMENT_FOLDER / manifest.segment
     try:
@@ -153,8 +157,8 @@ def attach(manifest: WeightManifest) -> dict[str, "torch.Tensor"]:
 def unlink_stale(name: str = "", *, keep: str = "") -> list[str]:
     """Unlink the segments of writers that have ended, and return their names.
 
-    `name` is the one given to `SharedWeights.create` (empty: any); the segment `keep` stays, for engines
-    that start before the next publish. Segments of living writers are never touched.
+    `name` is the one given to `SharedWeights.create` (empty: any); the segment `keep` stays, for
+    engines that start before the next publish. Segments of living writers are never touched.
     """
     removed = []
     for path in sorted(SEGMENT_FOLDER.glob(f"{SEGMENT_PREFIX}{name}-*" if name else f"{SEGMENT_PREFIX}*")):
@@ -177,7 +181,8 @@ class SharedWeights:
         self, segment: str, kind: Kind, names: Mapping[str, str], tensors: Mapping[str, "torch.Tensor"],
         dtype: "torch.dtype | None",
     ) -> None:
-        """Called by `create`. `names` maps each name to the one whose bytes it shares (itself if untied)."""
+        """Called by `create`. `names` maps each name to the one whose bytes it shares (itself if
+        untied)."""
         self.segment = segment
         self._kind: Kind = kind
         self._owner = dict(names)
@@ -202,9 +207,9 @@ class SharedWeights:
     ) -> "SharedWeights":
         """Allocate a new segment laid out for `tensors` (their values are not written yet).
 
-        The segment's name is unique to this writer, so readers of a former one are never disturbed. `dtype` is what
-        floating-point tensors are stored as (None: as they are). Raises `WeightError` if `/dev/shm` has too
-        little room for both slots.
+        The segment's name is unique to this writer, so readers of a former one are never disturbed.
+        `dtype` is what floating-point tensors are stored as (None: as they are). Raises
+        `WeightError` if `/dev/shm` has too little room for both slots.
         """
         if not tensors:
             raise WeightError(f"SharedWeights {name!r}: no tensors to lay out")
@@ -219,8 +224,8 @@ class SharedWeights:
     def write(self, version: int, tensors: Mapping[str, "torch.Tensor"]) -> WeightManifest:
         """Copy `tensors` into the slot not in use and return the manifest that publishes them.
 
-        Every engine must have acknowledged the last manifest before the next `write`. Raises `WeightError` if names
-        or shapes are not those of `create`.
+        Every engine must have acknowledged the last manifest before the next `write`. Raises
+        `WeightError` if names or shapes are not those of `create`.
         """
         self._check(tensors)
         base = self._next_slot * self.size_bytes
