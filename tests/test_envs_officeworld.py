@@ -291,7 +291,7 @@ def test_bad_options_and_tasks_are_refused() -> None:
         {"world_size": 3},
     ):
         with pytest.raises(ValueError, match="officeworld"):
-            OfficeWorld(**options)  # type: ignore[arg-type]
+            OfficeWorld(**options)
     env = OfficeWorld()
     task = Task(environment="officeworld", id="x", seed=0, split="train", scenario="nope")
     with pytest.raises(TaskError, match="nope"):
