@@ -40,20 +40,15 @@ MAX_REDRAWS = 1000  # questions drawn in a row that all belong to the other spli
 MAX_ANSWER_CHARS = 10_000
 SYSTEM = "Solve the problem. Write your final answer between <answer> and </answer>."
 # What scorers raise when text is not what they parse; anything else is a fault of the environment.
-# fmt: off
-SCORER_ERRORS = (
-    ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, SyntaxError,
-    TypeError, ValueError,
-)
-# fmt: on
+_PARSING = (SyntaxError, TypeError, ValueError, AssertionError)
+SCORER_ERRORS = (*_PARSING, ArithmeticError, AttributeError, LookupError, RecursionError)
 
 
 @dataclass(slots=True, kw_only=True)
 class _Episode:
-    """The live task; `answer` is the last one given."""
+    """The live task."""
 
     entry: Mapping[str, Any]
-    answer: str | None = None
     tries: int = 0
     score: float = 0.0
 
@@ -160,8 +155,7 @@ class ReasoningGym:
         signals: dict[str, int] = {}
         reply = "That is not right."
         if opened and closed and len(answer) <= MAX_ANSWER_CHARS:
-            episode.answer = answer.strip()
-            episode.score, raised = self._score(episode)
+            episode.score, raised = self._score(answer.strip(), episode.entry)
             if raised:
                 signals["policy_fault/scorer_error"] = 1
         else:
@@ -190,15 +184,15 @@ class ReasoningGym:
         """Forget the episode."""
         self._episode = None
 
-    def _score(self, episode: _Episode) -> tuple[float, bool]:
+    def _score(self, answer: str, entry: Mapping[str, Any]) -> tuple[float, bool]:
         """The package's score in [0, 1], and whether its scorer raised."""
         try:
-            score = float(self._data.score_answer(episode.answer, episode.entry))
+            score = float(self._data.score_answer(answer, entry))
         except SCORER_ERRORS:
             return 0.0, True
         return (min(1.0, max(0.0, score)) if math.isfinite(score) else 0.0), False
 
     def _live(self) -> _Episode:
         if self._episode is None:
-            raise RuntimeError("reasoning_gym: no task is being played; call reset(task) first")
+            raise RuntimeError("reasoning_gym: no live task; call reset(task) first")
         return self._episode
