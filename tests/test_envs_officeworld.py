@@ -62,7 +62,7 @@ def mutants(actions: list[str]) -> Iterator[list[str]]:
         if not writes(action) and call.name != "done":
             continue
         yield actions[:index] + actions[index + 1 :]
-        if call.name in ("payments.send", "payments.charge", "messages.send", "calendar.add"):
+        if call.name in ("payments.charge", "messages.send", "calendar.add"):  # never refused
             yield [*actions[:index], action, *actions[index:]]
         for name, value in call.arguments.items():
             wrong = value + 1 if isinstance(value, int) else value + "x"
