@@ -30,7 +30,7 @@ BACKENDS: Mapping[str, Mapping[str, Backend]] = {
         "torch": Backend(target="loopwright.actors.torch_backend:TorchBackend"),
     },
     "weights.channel": {
-        "shared_memory": Backend(target="loopwright.actors.shared_memory:SharedMemoryChannel"),
+        "shared_memory": Backend(target="loopwright.actors.weights:SharedWeights"),
     },
 }
 

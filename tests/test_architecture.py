@@ -30,7 +30,7 @@ NEVER = {
     "orchestrator": set[str](),
 }
 NEVER_AT_MODULE_LEVEL = {"orchestrator": {"torch", "vllm"}}
-ONLY_IN_MODULES_NAMED = ("vllm", "deepspeed", "peft")
+ONLY_IN_MODULES_NAMED = {"vllm": "vllm", "deepspeed": "deepspeed", "peft": "lora"}
 THE_RAY_MODULE = "orchestrator/cluster.py"
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "manager", "misc"}
 FILE_LINES, FUNCTION_LINES, LOOP_CODE_LINES = 500, 80, 60
@@ -116,8 +116,9 @@ def heavy_imports(module: Module) -> Iterator[str]:
         eager = NEVER_AT_MODULE_LEVEL.get(module.floor, set())
         if found.at_module_level and found.top in eager:
             yield f"{found.line}: {found.top} at module level, import it at use"
-        if found.top in ONLY_IN_MODULES_NAMED and found.top not in module.stem:
-            yield f"{found.line}: {found.top} is imported only in the module named for it"
+        home = ONLY_IN_MODULES_NAMED.get(found.top, "")
+        if module.floor in MAY_IMPORT and home not in module.stem:
+            yield f"{found.line}: {found.top} is imported only in modules named {home}"
         if found.top == "ray" and module.floor == "orchestrator" and module.path != THE_RAY_MODULE:
             yield f"{found.line}: only {THE_RAY_MODULE} imports ray"
 
