@@ -196,7 +196,9 @@ def test_errors_are_categorised_and_recoverable() -> None:
             "contacts.find('Ada')": "policy_fault/parse",
             "contacts.find(name=open('x'))": "policy_fault/parse",
             "x" * 5000: "policy_fault/too_long",
-            f"contacts.show(id={'9' * 1900})": "tool_error/not_found",
+            f"contacts.show(id={'9' * 1900})": "tool_error/invalid_value",
+            r'contacts.find(name="\ud800")': "tool_error/invalid_value",
+            f'contacts.find(name="{"x" * 300}")': "tool_error/invalid_value",
         }
         for action, category in cases.items():
             step = await env.step(action)
@@ -233,6 +235,31 @@ def test_pages_cover_the_list() -> None:
 def test_any_text_is_an_action_or_a_fault(text: str) -> None:
     for action_format in ("call", "json"):
         assert isinstance(parse_action(text, action_format), Call | Fault)
+
+
+VALUES = st.integers(-2, 99) | st.sampled_from([10**9, "mon", "Ada", "\ud800", "docs", None, [1]])
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([*APIS]), st.lists(VALUES, min_size=3, max_size=3)), max_size=25
+    )
+)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+def test_any_calls_give_short_encodable_observations(calls: list[tuple[str, list[object]]]) -> None:
+    async def scene() -> None:
+        env = OfficeWorld(action_format="json")
+        task = next(env.tasks("train", 0))
+        await env.reset(task)
+        for name, values in calls:
+            shown = await env.step(f'{{"name": "docs.show", "arguments": {{"api": "{name}"}}}}')
+            names = re.findall(r"\w+(?=[,)])", shown.observation.messages[0].content)
+            call = Call(name=name, arguments=dict(zip(names, values, strict=False)))
+            step = await env.step(render_action(call, "json"))
+            assert 0 < len(step.observation.messages[0].content.encode()) < 400
+            assert 0 <= (await env.evaluate()).reward <= 1
+
+    asyncio.run(scene())
 
 
 @pytest.mark.parametrize(

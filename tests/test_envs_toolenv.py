@@ -107,6 +107,7 @@ def test_results_and_errors_are_observations() -> None:
         call("paint", color="red", coats="2"): ("coats", {"tool_error/bad_argument": 1}),
         call("paint", color="red", size=2): ("size", {"tool_error/bad_argument": 1}),
         call("paint", color="red", coats=0): ("one coat", {"tool_error/invalid_value": 1}),
+        call("paint", color="\ud800"): ("Invalid JSON", {"tool_error/bad_argument": 1}),
         call("reset", task=1): ("no such tool", {"tool_error/unknown_tool": 1}),
         call("_reply"): ("no such tool", {"tool_error/unknown_tool": 1}),
         "paint it": ("write one call", {"policy_fault/parse": 1}),

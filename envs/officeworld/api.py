@@ -27,6 +27,9 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
     "title": ("title", "topic", "label"),
 }
 
+MAX_INT = 10**9
+MAX_TEXT_CHARS = 200
+
 
 class ApiError(Exception):
     """The agent's mistake, or a refusal of the world: comes back as an observation with this
@@ -123,12 +126,21 @@ def invoke(office: Office, name: str, arguments: Mapping[str, Any]) -> Any:
             raise ApiError("missing_argument", f"{name} lacks an argument; see docs.show")
         if not _fits(arguments[label], param):
             raise ApiError("wrong_type", f"{label} must be of type {param.kind}", name=label)
+        if not _bounded(arguments[label]):
+            raise ApiError("invalid_value", f"{label} is too large or not text", name=label)
     return api.handler(office, **{p.name: arguments[label] for label, p in shown.items()})
 
 
 def _fits(value: Any, param: Param) -> bool:
     # bool is an int in Python, but not in an API
     return type(value) is (int if param.kind == "int" else str)
+
+
+def _bounded(value: int | str) -> bool:
+    """Whether a value may enter the world: it can come back in observations."""
+    if isinstance(value, int):
+        return abs(value) <= MAX_INT
+    return len(value) <= MAX_TEXT_CHARS and value.encode(errors="replace").decode() == value
 
 
 def require(office: Office, table: str, row_id: int) -> Row:
