@@ -178,7 +178,8 @@ class DecodeBatch:
         stopped = (tokens[:, None] == self._stops[:rows]).any(1)
         broken = ~np.isfinite(logprobs)
         ended = []
-        for row in np.nonzero(stopped | broken | (self._generated[:rows] >= self._limits[:rows]))[0]:
+        full = self._generated[:rows] >= self._limits[:rows]
+        for row in np.nonzero(stopped | broken | full)[0]:
             sequence = self._rows[row]
             assert sequence is not None  # rows are dense during a step
             if broken[row]:
@@ -209,8 +210,8 @@ class DecodeBatch:
         return Ended(
             sequence.request,
             EngineError(
-                f"request {sequence.request.request_id}: the logits are not finite under policy version "
-                f"{self.version}; the weights have diverged, go back to an earlier checkpoint"
+                f"request {sequence.request.request_id}: the logits are not finite under policy "
+                f"version {self.version}; the weights have diverged, go back to a checkpoint"
             ),
         )
 
@@ -291,8 +292,8 @@ class DecodeBatch:
         filled = int(self._lengths[source])
         self._kv.copy(source, target, filled)
         for table in (
-            self._lengths, self._last, self._generated, self._limits, self._temperatures, self._greedy,
-            self._stops, self._uniforms, self._tokens, self._logprobs, self._versions,
+            self._lengths, self._last, self._generated, self._limits, self._temperatures,
+            self._greedy, self._stops, self._uniforms, self._tokens, self._logprobs, self._versions,
         ):  # fmt: skip
             table[target] = table[source]
         self._rows[target] = sequence

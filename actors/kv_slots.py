@@ -48,7 +48,9 @@ class KVSlots:
     def rows_of(self, slots: np.ndarray, positions: np.ndarray) -> torch.Tensor:
         """Indices `[N * kv_heads]` int64 into `key_rows[layer]` for N tokens, head fastest."""
         heads = np.arange(self.shape.kv_heads)
-        rows = (slots[:, None] * self.shape.kv_heads + heads) * self.max_context + positions[:, None]
+        rows = (slots[:, None] * self.shape.kv_heads + heads) * self.max_context + positions[
+            :, None
+        ]
         return torch.from_numpy(rows.reshape(-1)).to(self.shape.device)
 
     def save(self, slot: int, length: int) -> torch.Tensor:

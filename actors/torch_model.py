@@ -18,7 +18,12 @@ from loopwright.actors.engine import EngineError
 from loopwright.actors.kv_slots import KVShape, KVSlots
 
 SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-_FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the length
+_FIXED_ROPE = (
+    "default",
+    "linear",
+    "llama3",
+    "yarn",
+)  # frequencies that do not depend on the length
 _NAMED = 5  # tensors an error names before it counts the rest
 
 
@@ -80,7 +85,7 @@ class LeanModel:
         self._heads = int(config.num_attention_heads)
         self._layers_count = int(config.num_hidden_layers)
         self._eps = float(config.rms_norm_eps)
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // self._heads
         self.kv_shape = KVShape(
             layers=self._layers_count,
             kv_heads=int(config.num_key_value_heads),
@@ -92,7 +97,9 @@ class LeanModel:
         self._scale = self.kv_shape.head_dim**-0.5
         self._tied = bool(config.tie_word_embeddings)
         rotary = model.model.rotary_emb
-        angles = torch.arange(max_context).float()[:, None] * rotary.inv_freq.float().cpu()  # [C, D/2]
+        angles = (
+            torch.arange(max_context).float()[:, None] * rotary.inv_freq.float().cpu()
+        )  # [C, D/2]
         self._cos = (angles.cos() * rotary.attention_scaling).to(model.dtype).to(device)
         self._sin = (angles.sin() * rotary.attention_scaling).to(model.dtype).to(device)
         state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
@@ -121,9 +128,9 @@ class LeanModel:
         for label, names in (("missing", missing), ("unknown", unknown), ("misshapen", reshaped)):
             if names:
                 raise EngineError(
-                    f"weights for this model: {len(names)} tensors {label}: {', '.join(names[:_NAMED])}"
-                    f"{' …' if len(names) > _NAMED else ''}. Publish the full state dict of the model the "
-                    f"engine was started with"
+                    f"weights for this model: {len(names)} tensors {label}: "
+                    f"{', '.join(names[:_NAMED])}{' …' if len(names) > _NAMED else ''}. Publish "
+                    f"the full state dict of the model the engine was started with"
                 )
         return {
             name: tensor.to(device=self.kv_shape.device, dtype=self.kv_shape.dtype)
@@ -142,7 +149,9 @@ class LeanModel:
         `kv`."""
         device, decoded = self.kv_shape.device, step.decoded
         positions = torch.from_numpy(step.positions).to(device)
-        x = functional.embedding(torch.from_numpy(step.token_ids).to(device), self._embed)  # [N, hidden]
+        x = functional.embedding(
+            torch.from_numpy(step.token_ids).to(device), self._embed
+        )  # [N, hidden]
         cos, sin = self._cos[positions][:, None], self._sin[positions][:, None]  # [N, 1, D/2]
         rows = kv.rows_of(step.slots, step.positions)
         longest = int(step.positions[:decoded].max()) + 1
@@ -269,7 +278,8 @@ def _check_supported(name: str, config: Any, max_context: int) -> None:
     remedy = 'set engine = "vllm" for this model'
     if name not in SUPPORTED:
         raise EngineError(
-            f"the torch engine has no forward pass for {name}, only for {', '.join(SUPPORTED)}; {remedy}"
+            f"the torch engine has no forward pass for {name}, only for {', '.join(SUPPORTED)}; "
+            f"{remedy}"
         )
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in _FIXED_ROPE:
@@ -281,8 +291,8 @@ def _check_supported(name: str, config: Any, max_context: int) -> None:
     slides = "sliding_attention" in layer_types if layer_types else window is not None
     if slides and window is not None and window < max_context:
         raise EngineError(
-            f"{name}: attention window of {window} tokens is shorter than max_context {max_context}; "
-            f"lower max_context to {window} or {remedy}"
+            f"{name}: attention window of {window} tokens is shorter than max_context "
+            f"{max_context}; lower max_context to {window} or {remedy}"
         )
     if max_context > config.max_position_embeddings:
         raise EngineError(

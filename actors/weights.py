@@ -44,14 +44,12 @@ Kind = Literal["full", "adapter"]
 
 
 class WeightError(Exception):
-    """Weights that cannot be written, found or trusted; the text names the tensors, the limit and
-    the remedy."""
+    """Weights that cannot be written, found or trusted; the text names tensors and remedy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightManifest:
-    """What is published under one policy version, and where it lies. Tied tensors share one
-    offset."""
+    """What is published under one policy version, and where. Tied tensors share one offset."""
 
     version: int
     kind: Kind
@@ -95,12 +93,11 @@ def manifest_checksums(manifest: WeightManifest) -> dict[str, int]:
 
 
 def checksum(tensor: "torch.Tensor") -> int:
-    """crc32 of a tensor's bytes in row-major order, any dtype; a tensor on a device is copied to
-    the host."""
+    """crc32 of a tensor's bytes in row-major order, any dtype; off a device it is copied."""
     import torch
 
     flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-    return zlib.crc32(flat.numpy())
+    return zlib.crc32(flat.numpy().data)
 
 
 def verify(tensors: Mapping[str, "torch.Tensor"], checksums: Mapping[str, int]) -> dict[str, int]:
@@ -125,7 +122,7 @@ def verify(tensors: Mapping[str, "torch.Tensor"], checksums: Mapping[str, int]) 
         )
         raise WeightError(
             f"{len(wrong)} of {len(checksums)} tensors differ from what was published: {detail}"
-            f"{_rest(wrong)}. Publish the version again; if it repeats, suspect the memory of this host"
+            f"{_rest(wrong)}. Publish again; if it repeats, suspect the memory of this host"
         )
     return found
 
@@ -142,8 +139,8 @@ def attach(manifest: WeightManifest) -> dict[str, "torch.Tensor"]:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except (FileNotFoundError, ValueError) as error:
         raise WeightError(
-            f"weights of version {manifest.version}: no shared memory segment {path} ({error}). The trainer that "
-            f"wrote it has ended, or runs on another host; publish again"
+            f"weights of version {manifest.version}: no shared memory segment {path} ({error}). "
+            f"The trainer that wrote it has ended, or runs on another host; publish again"
         ) from error
     buffer = np.frombuffer(mapped, dtype=np.uint8)
     views: dict[str, torch.Tensor] = {}
@@ -161,7 +158,8 @@ def unlink_stale(name: str = "", *, keep: str = "") -> list[str]:
     engines that start before the next publish. Segments of living writers are never touched.
     """
     removed = []
-    for path in sorted(SEGMENT_FOLDER.glob(f"{SEGMENT_PREFIX}{name}-*" if name else f"{SEGMENT_PREFIX}*")):
+    pattern = f"{SEGMENT_PREFIX}{name}-*" if name else f"{SEGMENT_PREFIX}*"
+    for path in sorted(SEGMENT_FOLDER.glob(pattern)):
         if path.name == keep:
             continue
         try:
@@ -178,11 +176,14 @@ class SharedWeights:
     """The writer: one segment with two slots, allocated once, written in turn."""
 
     def __init__(
-        self, segment: str, kind: Kind, names: Mapping[str, str], tensors: Mapping[str, "torch.Tensor"],
+        self,
+        segment: str,
+        kind: Kind,
+        names: Mapping[str, str],
+        tensors: Mapping[str, "torch.Tensor"],
         dtype: "torch.dtype | None",
     ) -> None:
-        """Called by `create`. `names` maps each name to the one whose bytes it shares (itself if
-        untied)."""
+        """Called by `create`. `names` maps each name to the one whose bytes it shares."""
         self.segment = segment
         self._kind: Kind = kind
         self._owner = dict(names)
@@ -202,7 +203,11 @@ class SharedWeights:
 
     @classmethod
     def create(
-        cls, name: str, tensors: Mapping[str, "torch.Tensor"], *, kind: Kind = "full",
+        cls,
+        name: str,
+        tensors: Mapping[str, "torch.Tensor"],
+        *,
+        kind: Kind = "full",
         dtype: "torch.dtype | None" = None,
     ) -> "SharedWeights":
         """Allocate a new segment laid out for `tensors` (their values are not written yet).
@@ -216,7 +221,8 @@ class SharedWeights:
         first_at: dict[Any, str] = {}
         owner: dict[str, str] = {}
         for key, tensor in tensors.items():
-            place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+            where = (tensor.device, tensor.data_ptr(), tensor.dtype)
+            place = (*where, tuple(tensor.shape), tensor.stride())
             owner[key] = first_at.setdefault(place if tensor.numel() else key, key)
         segment = f"{SEGMENT_PREFIX}{name}-{os.getpid()}-{secrets.token_hex(4)}"
         return cls(segment, kind, owner, tensors, dtype)
@@ -231,11 +237,11 @@ class SharedWeights:
         base = self._next_slot * self.size_bytes
         checksums: dict[str, int] = {}
         for name, offset in self._offsets.items():
-            view = _view(
-                self._buffer, self._shapes[name], _dtype_name(self._dtypes[name]), base + offset, name
-            )
+            dtype = _dtype_name(self._dtypes[name])
+            view = _view(self._buffer, self._shapes[name], dtype, base + offset, name)
             view.copy_(tensors[name].detach())
-            checksums[name] = checksum(view)  # of what lies in the segment, while it is in the cache
+            # Of what lies in the segment, and now, while it is in the cache.
+            checksums[name] = checksum(view)
         self._next_slot = 1 - self._next_slot
         names = tuple(self._owner)
         return WeightManifest(
@@ -271,7 +277,11 @@ class SharedWeights:
         ]
         problems = [
             f"{label} {', '.join(names[:_NAMED])}{_rest(names)}"
-            for label, names in (("missing", missing), ("unknown", unknown), ("other shape", reshaped))
+            for label, names in (
+                ("missing", missing),
+                ("unknown", unknown),
+                ("other shape", reshaped),
+            )
             if names
         ]
         if problems:
@@ -287,19 +297,22 @@ def _allocate(segment: str, size_bytes: int) -> int:
     free_bytes = room.f_bavail * room.f_frsize
     if size_bytes + _RESERVE_BYTES > free_bytes:
         raise WeightError(
-            f"shared memory for the weights: two slots take {size_bytes:,} bytes, {SEGMENT_FOLDER} has "
-            f"{free_bytes:,} free. Enlarge it (docker: --shm-size), remove stale {SEGMENT_PREFIX}* files there, or "
-            f"publish in a smaller dtype"
+            f"shared memory for the weights: two slots take {size_bytes:,} bytes, {SEGMENT_FOLDER} "
+            f"has {free_bytes:,} free. Enlarge it (docker: --shm-size), remove stale "
+            f"{SEGMENT_PREFIX}* files there, or publish in a smaller dtype"
         )
     path = SEGMENT_FOLDER / segment
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.posix_fallocate(file, 0, size_bytes)  # first touch costs several times a copy: pay it once, here
+        # First touch costs several times a copy: pay it once, here.
+        os.posix_fallocate(file, 0, size_bytes)
     except OSError as error:
         path.unlink(missing_ok=True)
         os.close(file)
-        raise WeightError(f"shared memory segment {path} of {size_bytes:,} bytes: {error}") from error
+        raise WeightError(
+            f"shared memory segment {path} of {size_bytes:,} bytes: {error}"
+        ) from error
     return file
 
 
@@ -315,7 +328,8 @@ def _view(
     size_bytes = int(np.prod(shape, dtype=np.int64)) * torch_dtype.itemsize
     if offset < 0 or offset + size_bytes > buffer.size:
         raise WeightError(
-            f"tensor {name}: bytes {offset} to {offset + size_bytes} lie outside a segment of {buffer.size}"
+            f"tensor {name}: bytes {offset} to {offset + size_bytes} lie outside a segment of "
+            f"{buffer.size}"
         )
     part = torch.from_numpy(buffer[offset : offset + size_bytes])
     return part.view(torch_dtype).view(shape)

@@ -18,6 +18,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -37,7 +38,12 @@ from loopwright.actors.engine import (
     OnUpdate,
     UpdateReport,
 )
-from loopwright.actors.weights import SEGMENT_FOLDER, SharedWeights, manifest_checksums
+from loopwright.actors.weights import (
+    SEGMENT_FOLDER,
+    SharedWeights,
+    WeightManifest,
+    manifest_checksums,
+)
 
 VOCAB = 128
 MAX_CONTEXT = 512
@@ -51,9 +57,9 @@ def build_model(seed: int, *, tied: bool) -> Any:
 
     torch.manual_seed(seed)
     config = Qwen3Config(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-        intermediate_size=96, vocab_size=VOCAB, tie_word_embeddings=tied, max_position_embeddings=1024,
-        initializer_range=0.12, bos_token_id=None, eos_token_id=None,
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=32, intermediate_size=96, vocab_size=VOCAB, tie_word_embeddings=tied,
+        max_position_embeddings=1024, initializer_range=0.12, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     return Qwen3ForCausalLM(config).eval()
 
@@ -86,11 +92,24 @@ def _picked(logits: torch.Tensor, tokens: np.ndarray, temperature: float) -> np.
     return scores.gather(1, torch.from_numpy(tokens.astype(np.int64))[:, None])[:, 0].numpy()
 
 
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A model written to shared memory, which no engine has taken yet."""
+
+    model: Any
+    manifest: WeightManifest
+
+
 class EngineBench:
     """One started engine, the model it should be serving, and the weight channel between them."""
 
     def __init__(
-        self, build: Callable[[EngineSettings], Engine], folder: Path, *, tied: bool, **settings: Any
+        self,
+        build: Callable[[EngineSettings], Engine],
+        folder: Path,
+        *,
+        tied: bool,
+        **settings: Any,
     ) -> None:
         """Save a model to `folder` and start `build(settings)` on it, on an event loop of its
         own."""
@@ -110,7 +129,10 @@ class EngineBench:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.run(self.engine.close())
         self._runner.close()
@@ -148,13 +170,15 @@ class EngineBench:
             assert time.monotonic() < end, f"waited {DEADLINE_S} s for {what}"
             await asyncio.sleep(0.001)
 
-    async def publish(self, seed: int, on_update: OnUpdate = "continue") -> UpdateReport:
-        """Publish a differently seeded model as the next version and wait for the engine to take
-        it."""
+    def stage(self, seed: int) -> Staged:
+        """Write a differently seeded model as the next version, for `take`."""
         model = build_model(seed, tied=self.tied)
-        manifest = self.writer.write(self.version + 1, model.state_dict())
-        report = await self.engine.update_weights(manifest, on_update)
-        self.version, self.model = self.version + 1, model
+        return Staged(model, self.writer.write(self.version + 1, model.state_dict()))
+
+    async def take(self, staged: Staged, on_update: OnUpdate = "continue") -> UpdateReport:
+        """Publish what was staged and wait for the engine to take it."""
+        report = await self.engine.update_weights(staged.manifest, on_update)
+        self.version, self.model = staged.manifest.version, staged.model
         return report
 
 
@@ -255,7 +279,10 @@ class EngineConformance:
     def test_the_same_seed_gives_the_same_tokens_in_any_company(self, bench: EngineBench) -> None:
         prompt = prompts(8, [25])[0]
         (alone,) = bench.generate([bench.request(prompt, seed=77)])
-        crowd = [bench.request(p, max_new_tokens=4 + i) for i, p in enumerate(prompts(9, [40, 3, 18, 25]))]
+        crowd = [
+            bench.request(p, max_new_tokens=4 + i)
+            for i, p in enumerate(prompts(9, [40, 3, 18, 25]))
+        ]
         *_, together, other = bench.generate(
             [*crowd, bench.request(prompt, seed=77), bench.request(prompt, seed=78)]
         )
@@ -274,7 +301,7 @@ class EngineConformance:
         request = bench.request(prompts(12, [40])[0], session="published", seed=3)
         former = bench.model
         bench.generate([request])
-        report = bench.run(bench.publish(21))
+        report = bench.run(bench.take(bench.stage(21)))
         again = bench.request(request.prompt_ids, session="published", seed=3)
         (completion,) = bench.generate([again])  # the very prompt that was served before
         assert report.version == bench.version == bench.run(bench.engine.stats()).version
@@ -284,7 +311,7 @@ class EngineConformance:
         assert np.abs(stale - completion.logprobs).max() > 0.5
 
     def test_the_report_proves_what_the_engine_holds(self, bench: EngineBench) -> None:
-        report = bench.run(bench.publish(22))
+        report = bench.run(bench.take(bench.stage(22)))
         tensors = bench.model.state_dict()
         second = SharedWeights.create("test-conformance", tensors)
         try:
@@ -295,7 +322,7 @@ class EngineConformance:
         assert 0 <= report.pause_s <= report.seconds
 
     def test_continue_switches_versions_within_a_sequence(self, bench: EngineBench) -> None:
-        former, version = bench.model, bench.version
+        former, version, staged = bench.model, bench.version, bench.stage(23)
         prompt = prompts(13, [20])[0]
         request = bench.request(prompt, max_new_tokens=MAX_CONTEXT - 20)
 
@@ -303,7 +330,7 @@ class EngineConformance:
             before = (await bench.engine.stats()).generated_tokens
             turn = asyncio.create_task(bench.engine.generate(request))
             await bench.until(lambda s: s.generated_tokens >= before + 3, "three tokens")
-            await bench.publish(23, "continue")
+            await bench.take(staged, "continue")
             return await turn
 
         completion = bench.run(update_midway())
@@ -325,7 +352,7 @@ class EngineConformance:
         self.assert_parity(bench, follow, bench.generate([follow])[0])
 
     def test_finish_lets_sequences_end_under_their_version(self, bench: EngineBench) -> None:
-        former, version = bench.model, bench.version
+        former, version, staged = bench.model, bench.version, bench.stage(23)
         first = bench.request(prompts(14, [20])[0], max_new_tokens=200)
         second = bench.request(prompts(15, [20])[0])
 
@@ -333,7 +360,7 @@ class EngineConformance:
             before = (await bench.engine.stats()).generated_tokens
             turn = asyncio.create_task(bench.engine.generate(first))
             await bench.until(lambda s: s.generated_tokens >= before + 3, "three tokens")
-            publish = asyncio.create_task(bench.publish(24, "finish"))
+            publish = asyncio.create_task(bench.take(staged, "finish"))
             completion = await turn
             await publish
             return completion, await bench.engine.generate(second)
@@ -347,7 +374,7 @@ class EngineConformance:
 
     def test_a_damaged_byte_is_refused_by_name(self, bench: EngineBench) -> None:
         name = "model.layers.1.mlp.up_proj.weight"
-        manifest = bench.writer.write(bench.version + 1, build_model(25, tied=bench.tied).state_dict())
+        manifest = bench.stage(25).manifest
         with (SEGMENT_FOLDER / manifest.segment).open("r+b") as file:
             file.seek(manifest.offsets[manifest.names.index(name)] + 10)
             byte = file.read(1)[0]
@@ -355,15 +382,13 @@ class EngineConformance:
             file.write(bytes([byte ^ 0x10]))
         with pytest.raises(EngineError, match=name):
             bench.run(bench.engine.update_weights(manifest, "continue"))
-        # The slot that was refused is the next to be read: restore the alternation.
-        bench.writer.write(bench.version + 1, build_model(25, tied=bench.tied).state_dict())
-        bench.run(self._republish(bench))
+        bench.stage(25)  # the slot that the engine maps is never written: go round once
+        bench.run(self._serves_and_takes_the_next(bench))
 
-    async def _republish(self, bench: EngineBench) -> None:
-        """After a refusal the engine still serves, and takes the next publish."""
-        request = bench.request(prompts(16, [20])[0])
+    async def _serves_and_takes_the_next(self, bench: EngineBench) -> None:
+        request, again = (bench.request(prompt) for prompt in prompts(16, [20, 20]))
         completion = await bench.engine.generate(request)
         assert (completion.versions == bench.version).all()
-        await bench.publish(26)
-        again = bench.request(prompts(17, [20])[0])
+        self.assert_parity(bench, request, completion)
+        await bench.take(bench.stage(26))
         self.assert_parity(bench, again, await bench.engine.generate(again))

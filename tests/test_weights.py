@@ -135,7 +135,7 @@ def test_a_manifest_outside_its_segment_is_refused(writer: SharedWeights) -> Non
     beyond = replace(manifest, offsets=tuple(10 * manifest.size_bytes for _ in manifest.offsets))
     with pytest.raises(WeightError, match="outside a segment"):
         attach(beyond)
-    with pytest.raises(WeightError, match="4 names|5 names"):
+    with pytest.raises(WeightError, match="5 names"):
         replace(manifest, checksums=manifest.checksums[:-1])
 
 
