@@ -1,4 +1,6 @@
-"""Supervised warm start: clone a limited number of oracle demonstrations, loss on the action tokens only."""
+"""Supervised warm start: clone a limited number of oracle demonstrations, loss on the action tokens
+only.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -59,17 +61,29 @@ def clone(
     token_budget: int = 2048,
     progress: Progress | None = None,
 ) -> CloningReport:
-    """Train the model at `model_path` for `steps` optimizer steps on `sequences` and save it to `out_dir`.
+    """Train the model at `model_path` for `steps` optimizer steps on `sequences` and save it to
+    `out_dir`.
 
-    Each step takes `batch` demonstrations; the demonstrations are gone through in a new order as often as it takes.
-    Learning rate: warm-up over the first tenth, then cosine towards 0. Raises `CloningError` without demonstrations.
+    Each step takes `batch` demonstrations; the demonstrations are gone through in a new order as
+    often as it takes. Learning rate: warm-up over the first tenth, then cosine towards 0. Raises
+    `CloningError` without demonstrations.
     """
     started = time.perf_counter()
     if not sequences:
-        raise CloningError("no demonstrations to clone; raise warm_start.demonstrations, or check the oracle")
+        raise CloningError(
+            "no demonstrations to clone; raise warm_start.demonstrations, or check the oracle"
+        )
     settings = TrainerSettings(
-        model_path=str(model_path), seed=seed, threads=threads, lr=lr, betas=(0.9, 0.95), weight_decay=0.01,
-        schedule="cosine", warmup_steps=max(1, steps // 10), total_steps=steps + 1, token_budget=token_budget,
+        model_path=str(model_path),
+        seed=seed,
+        threads=threads,
+        lr=lr,
+        betas=(0.9, 0.95),
+        weight_decay=0.01,
+        schedule="cosine",
+        warmup_steps=max(1, steps // 10),
+        total_steps=steps + 1,
+        token_budget=token_budget,
     )
     backend = TorchBackend(settings)
     joined = Sequences.of(
@@ -89,8 +103,12 @@ def clone(
             progress(step, loss)
     save_model(backend.model, backend.published_tensors(), Path(out_dir), source=str(model_path))
     return CloningReport(
-        demonstrations=len(sequences), steps=steps, action_tokens=tokens, loss_first=losses[0] if losses else 0.0,
-        loss_last=float(np.mean(losses[-10:])) if losses else 0.0, seconds=time.perf_counter() - started,
+        demonstrations=len(sequences),
+        steps=steps,
+        action_tokens=tokens,
+        loss_first=losses[0] if losses else 0.0,
+        loss_last=float(np.mean(losses[-10:])) if losses else 0.0,
+        seconds=time.perf_counter() - started,
     )
 
 
@@ -105,14 +123,18 @@ def _endless_order(count: int, batch: int, seed: int) -> Iterator[np.ndarray]:
         waiting = waiting[batch:]
 
 
-def _cloning_step(backend: TorchBackend, sequences: Sequences, chosen: np.ndarray) -> tuple[float, int]:
+def _cloning_step(
+    backend: TorchBackend, sequences: Sequences, chosen: np.ndarray
+) -> tuple[float, int]:
     """One optimizer step; mean negative logprob and number of its action tokens."""
     settings = backend.settings
     spans = zip(sequences.starts[chosen], sequences.starts[chosen + 1], strict=True)
     tokens = sum(int(sequences.action_mask[start:end].sum()) for start, end in spans)
     backend.optimizer.zero_grad(set_to_none=True)
     total = 0.0
-    for micro in micro_batches(sequences, chosen, token_budget=settings.token_budget, device=settings.device):
+    for micro in micro_batches(
+        sequences, chosen, token_budget=settings.token_budget, device=settings.device
+    ):
         lp = action_logprobs(backend.model, micro, temperature=1.0, chunk=settings.logprob_chunk)
         loss = -lp.sum() / max(tokens, 1)
         loss.backward()

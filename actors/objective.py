@@ -1,4 +1,6 @@
-"""The objective of one minibatch: which loss over which units with which weights, and what it says about itself."""
+"""The objective of one minibatch: which loss over which units with which weights, and what it says
+about itself.
+"""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -19,7 +21,9 @@ class ObjectiveError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossSettings:
-    """Everything about the loss, plain values; meanings in `algorithms.losses` and `algorithms.aggregation`."""
+    """Everything about the loss, plain values; meanings in `algorithms.losses` and
+    `algorithms.aggregation`.
+    """
 
     loss: Literal["ppo", "aipo", "reinforce", "cispo", "gspo"] = "ppo"
     level: Level = "token"
@@ -44,16 +48,22 @@ class LossSettings:
         }
         for name, values in known.items():
             if getattr(self, name) not in values:
-                raise ObjectiveError(f"{name}={getattr(self, name)!r}, expected one of {', '.join(values)}")
+                raise ObjectiveError(
+                    f"{name}={getattr(self, name)!r}, expected one of {', '.join(values)}"
+                )
         if 0 < self.dual_clip <= 1:
             raise ObjectiveError(f"dual_clip={self.dual_clip}, expected 0 (off) or more than 1")
         if self.level != "token" and self.loss != "ppo":
-            raise ObjectiveError(f"level={self.level!r} is of loss 'ppo' alone, not {self.loss!r}; use 'token'")
+            raise ObjectiveError(
+                f"level={self.level!r} is of loss 'ppo' alone, not {self.loss!r}; use 'token'"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MinibatchUnits:
-    """The action tokens of one minibatch and the units they form. `unit_of_place` is [N], −1 off the minibatch."""
+    """The action tokens of one minibatch and the units they form. `unit_of_place` is [N], −1 off
+    the minibatch.
+    """
 
     unit_of_place: np.ndarray  # [N] int64
     weights: np.ndarray  # [U] float32
@@ -74,8 +84,9 @@ def minibatch_units(
 ) -> MinibatchUnits:
     """Units of the `chosen` sequences [s] of a batch of N tokens and S sequences.
 
-    `sequence_of_place` [N] is the sequence of each token; `rollout_ids`, `advantages` are [S]; `minibatch_size` is
-    the constant number of rollouts, dropped ones included, that the loss is divided by.
+    `sequence_of_place` [N] is the sequence of each token; `rollout_ids`, `advantages` are [S];
+    `minibatch_size` is the constant number of rollouts, dropped ones included, that the loss is
+    divided by.
     """
     taking_part = np.zeros(len(rollout_ids), dtype=bool)
     taking_part[chosen] = True
@@ -92,7 +103,9 @@ def minibatch_units(
     unit_of_place = np.full(len(action_mask), -1, dtype=np.int64)
     unit_of_place[places] = units
     weights = unit_weights(
-        settings.aggregation, unit_rollouts, minibatch_size=minibatch_size,
+        settings.aggregation,
+        unit_rollouts,
+        minibatch_size=minibatch_size,
         fixed_length_tokens=settings.fixed_length_tokens,
     )
     return MinibatchUnits(
@@ -138,17 +151,26 @@ class Tally:
             "train/mismatch_kl_k3_mean": self.mismatch_k3 / compared,
             "train/mismatch_abs_mean": self.mismatch_abs / compared,
             "train/mismatch_abs_max": self.mismatch_max,
-            "train/log_ratio_sum_max": max((abs(v) for v in self.log_ratio_by_minibatch), default=0.0),
+            "train/log_ratio_sum_max": max(
+                (abs(v) for v in self.log_ratio_by_minibatch), default=0.0
+            ),
         }
 
 
 def weighted_loss(
-    settings: LossSettings, units: MinibatchUnits, places: np.ndarray, lp: Tensor, prox: Tensor, mu: Tensor,
+    settings: LossSettings,
+    units: MinibatchUnits,
+    places: np.ndarray,
+    lp: Tensor,
+    prox: Tensor,
+    mu: Tensor,
     tally: Tally,
 ) -> tuple[Tensor, float]:
-    """Part of the minibatch's loss that the tokens at `places` [M] make, and the sum of their log-ratios.
+    """Part of the minibatch's loss that the tokens at `places` [M] make, and the sum of their
+    log-ratios.
 
-    `lp`, `prox`, `mu` are their current, proximal and behavior logprobs [M]. Tokens of one unit must come together.
+    `lp`, `prox`, `mu` are their current, proximal and behavior logprobs [M]. Tokens of one unit
+    must come together.
     """
     present, local = np.unique(units.unit_of_place[places], return_inverse=True)
     device, count = lp.device, len(present)
@@ -168,7 +190,13 @@ def weighted_loss(
 
 
 def _unit_loss(
-    settings: LossSettings, lp: Tensor, prox: Tensor, mu: Tensor, advantage: Tensor, unit_ids: Tensor, count: int
+    settings: LossSettings,
+    lp: Tensor,
+    prox: Tensor,
+    mu: Tensor,
+    advantage: Tensor,
+    unit_ids: Tensor,
+    count: int,
 ) -> tuple[Tensor, float]:
     """Loss [count] of each unit, mismatch weight included, and how many are clipped."""
     low, high = losses.clip_bounds(settings.clip, settings.clip_form)
@@ -182,7 +210,9 @@ def _unit_loss(
         dual = settings.dual_clip or None
         loss = losses.ppo(lp, prox, advantage, low=low, high=high, dual_clip=dual)
         clipped = float(
-            losses.ppo_clipped(lp.detach(), prox, advantage, low=low, high=high, dual_clip=dual).sum()
+            losses.ppo_clipped(
+                lp.detach(), prox, advantage, low=low, high=high, dual_clip=dual
+            ).sum()
         )
     elif settings.loss == "aipo":  # corrects against the sampler itself: no mismatch weight on top
         return losses.aipo(lp, mu, advantage, cap=settings.aipo_rho, grad=settings.aipo_grad), 0.0

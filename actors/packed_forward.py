@@ -1,8 +1,9 @@
 """Sequences of any length through a causal LM in rows, and the logprobs of the tokens that matter.
 
-A row holds one sequence padded on its right, or several end to end. One sequence a row needs no mask (what is
-causal never sees the padding behind it), which is the fastest on a CPU; several need a block-diagonal mask and
-positions that start over. Logits exist for one chunk of action tokens at a time, never for the whole micro-batch.
+A row holds one sequence padded on its right, or several end to end. One sequence a row needs no
+mask (what is causal never sees the padding behind it), which is the fastest on a CPU; several need
+a block-diagonal mask and positions that start over. Logits exist for one chunk of action tokens at
+a time, never for the whole micro-batch.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from loopwright.algorithms.packing import best_fit_decreasing, padded_micro_batches
 
@@ -30,12 +32,15 @@ class Sequences:
 
     @classmethod
     def of(cls, token_ids: np.ndarray, action_mask: np.ndarray, lengths: np.ndarray) -> "Sequences":
-        """From lengths [S]. Raises `ForwardError` where a sequence begins with an action token: nothing predicts it."""
+        """From lengths [S]. Raises `ForwardError` where a sequence begins with an action token:
+        nothing predicts it.
+        """
         starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         bad = np.flatnonzero(action_mask[starts[:-1][np.asarray(lengths) > 0]])
         if bad.size:
             raise ForwardError(
-                f"sequence {int(bad[0])} begins with an action token, which no token precedes: a context must begin "
+                f"sequence {int(bad[0])} begins with an action token, which no token precedes: a "
+                "context must begin "
                 "with at least one token of the prompt"
             )
         return cls(token_ids=token_ids, action_mask=action_mask, starts=starts)
@@ -59,20 +64,26 @@ class MicroBatch:
 
 
 def micro_batches(
-    sequences: Sequences, chosen: Sequence[int] | np.ndarray, *, token_budget: int, pack: bool = False,
+    sequences: Sequences,
+    chosen: Sequence[int] | np.ndarray,
+    *,
+    token_budget: int,
+    pack: bool = False,
     device: str = "cpu",
 ) -> list[MicroBatch]:
     """Micro-batches of at most `token_budget` positions each over the `chosen` sequences.
 
-    `pack` puts several sequences in a row, best fit decreasing. One sequence longer than the budget is a
-    micro-batch by itself.
+    `pack` puts several sequences in a row, best fit decreasing. One sequence longer than the budget
+    is a micro-batch by itself.
     """
     order = np.asarray(chosen, dtype=np.int64)
     lengths = sequences.lengths[order]
     if not order.size:
         return []
     if not pack:
-        grouped = [[[row] for row in batch] for batch in padded_micro_batches(lengths, token_budget)]
+        grouped = [
+            [[row] for row in batch] for batch in padded_micro_batches(lengths, token_budget)
+        ]
     else:
         rows = best_fit_decreasing(lengths, int(lengths.max()))
         per_batch = max(1, token_budget // int(lengths.max()))
@@ -112,27 +123,37 @@ def _lay_out(sequences: Sequences, rows: Sequence[np.ndarray], device: str) -> M
 
 
 def _block_diagonal(segments: Tensor) -> Tensor:
-    # Padding (-1) sees padding, so that no row of the mask is empty: softmax over nothing is not a number.
+    # Padding (-1) sees padding, so that no row of the mask is empty: softmax over nothing is not a
+    # number.
     width = segments.shape[1]
     causal = torch.ones(width, width, dtype=torch.bool, device=segments.device).tril()
     return ((segments[:, :, None] == segments[:, None, :]) & causal)[:, None]
 
 
-def action_logprobs(model: nn.Module, micro: MicroBatch, *, temperature: float, chunk: int) -> Tensor:
-    """Logprobs of the micro-batch's targets under `model` at `temperature`: [M] float32, differentiable.
+def action_logprobs(
+    model: PreTrainedModel, micro: MicroBatch, *, temperature: float, chunk: int
+) -> Tensor:
+    """Logprobs of the micro-batch's targets under `model` at `temperature`: [M] float32,
+    differentiable.
 
-    `model` is a Hugging Face causal LM (see `check_model`); logits exist for `chunk` targets at a time.
+    `model` is a Hugging Face causal LM (see `check_model`); logits exist for `chunk` targets at a
+    time.
     """
-    hidden = model.base_model(  # type: ignore[operator]
-        input_ids=micro.input_ids, position_ids=micro.position_ids, attention_mask=micro.mask, use_cache=False
+    hidden = model.base_model(
+        input_ids=micro.input_ids,
+        position_ids=micro.position_ids,
+        attention_mask=micro.mask,
+        use_cache=False,
     ).last_hidden_state
     picked = hidden.reshape(-1, hidden.shape[-1])[micro.predictors]  # [M, H]
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = model.get_output_embeddings()
     if len(picked) <= chunk:
         return _chosen(picked, micro.targets, head, temperature)
     parts = []
     for rows, targets in zip(picked.split(chunk), micro.targets.split(chunk), strict=True):
-        if torch.is_grad_enabled():  # recomputed in the backward pass instead of kept: one chunk of logits at a time
+        if (
+            torch.is_grad_enabled()
+        ):  # recomputed in the backward pass instead of kept: one chunk of logits at a time
             parts.append(checkpoint(_chosen, rows, targets, head, temperature, use_reentrant=False))
         else:
             parts.append(_chosen(rows, targets, head, temperature))
@@ -147,21 +168,33 @@ def _chosen(hidden: Tensor, targets: Tensor, head: nn.Module, temperature: float
 
 
 def sequence_logprobs(
-    model: nn.Module, sequences: Sequences, *, temperature: float, chunk: int, token_budget: int, pack: bool = False,
-    device: str = "cpu", chosen: np.ndarray | None = None,
+    model: PreTrainedModel,
+    sequences: Sequences,
+    *,
+    temperature: float,
+    chunk: int,
+    token_budget: int,
+    pack: bool = False,
+    device: str = "cpu",
+    chosen: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Logprobs of all action tokens without gradient: [N] float32, 0 where there is no action token."""
+    """Logprobs of all action tokens without gradient: [N] float32, 0 where there is no action
+    token.
+    """
     result = np.zeros(len(sequences.token_ids), dtype=np.float32)
     which = np.arange(len(sequences.lengths)) if chosen is None else chosen
     with torch.no_grad():
-        for micro in micro_batches(sequences, which, token_budget=token_budget, pack=pack, device=device):
+        for micro in micro_batches(
+            sequences, which, token_budget=token_budget, pack=pack, device=device
+        ):
             values = action_logprobs(model, micro, temperature=temperature, chunk=chunk)
             result[micro.tokens] = values.cpu().numpy()
     return result
 
 
-def check_model(model: nn.Module, *, tolerance: float = 1e-4) -> None:
-    """Refuse a model whose logits are not `head(base(tokens))`: some architectures scale or cap them.
+def check_model(model: PreTrainedModel, *, tolerance: float = 1e-4) -> None:
+    """Refuse a model whose logits are not `head(base(tokens))`: some architectures scale or cap
+    them.
 
     Raises `ForwardError` with the difference found.
     """
@@ -171,12 +204,14 @@ def check_model(model: nn.Module, *, tolerance: float = 1e-4) -> None:
     model.eval()
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits.float()
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # type: ignore[operator]
-        found = model.get_output_embeddings()(hidden).float()  # type: ignore[operator]
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        found = model.get_output_embeddings()(hidden).float()
     model.train(training)
     gap = float((found - expected).abs().max())
     if not gap <= tolerance:
         raise ForwardError(
-            f"{type(model).__name__}: logits differ by {gap:.3g} from its output layer over its hidden states (limit "
-            f"{tolerance:g}): the architecture scales or caps its logits, which the trainer does not support"
+            f"{type(model).__name__}: logits differ by {gap:.3g} from its output layer over its "
+            "hidden states (limit "
+            f"{tolerance:g}): the architecture scales or caps its logits, which the trainer does "
+            "not support"
         )

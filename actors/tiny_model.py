@@ -1,8 +1,9 @@
-"""A tiny policy from nothing: a tokenizer trained on the environment's own text and a random Qwen3-shaped model.
+"""A tiny policy from nothing: a tokenizer trained on the environment's own text and a random
+Qwen3-shaped model.
 
-For machines without a model hub. The tokenizer has no leading-space variants, so a value is the same token (or
-tokens) in an observation and in an argument: `"Ana"`, ` Ana` and `=Ana` all hold `Ana`. Any text encodes (bytes
-are the fallback) and decodes to exactly itself.
+For machines without a model hub. The tokenizer has no leading-space variants, so a value is the
+same token (or tokens) in an observation and in an argument: `"Ana"`, ` Ana` and `=Ana` all hold
+`Ana`. Any text encodes (bytes are the fallback) and decodes to exactly itself.
 """
 
 import json
@@ -19,19 +20,26 @@ PADDING = "<|endoftext|>"
 ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
 SPECIAL_TOKENS = (PADDING, "<|im_start|>", END_OF_TURN, *ROLE_TOKENS)
 
-# Names with their dots (`contacts.find`) stay whole, numbers are cut into pairs of digits (so that 09:30 is `09`,
-# `:`, `30`), and each run of blanks and punctuation stands by itself: never glued to a name or a value.
+# Names with their dots (`contacts.find`) stay whole, numbers are cut into pairs of digits (so that
+# 09:30 is `09`,
+# `:`, `30`), and each run of blanks and punctuation stands by itself: never glued to a name or a
+# value.
 PIECES = r"[A-Za-z_]+(?:\.[A-Za-z_]+)*|\d{1,2}|[^A-Za-z_\d]+"
 
-# One role token, the text, one end token: three tokens of overhead would be a third of a short turn.
+# One role token, the text, one end token: more overhead would be a third of a short turn.
 CHAT_TEMPLATE = (
-    "{%- if tools %}{{ '<|system|>' }}{% for tool in tools %}{{ tool.function.name }}("
-    "{{ tool.function.parameters.properties | join(', ') }})\n{% endfor %}{{ '<|im_end|>' }}{% endif -%}"
-    "{%- for message in messages %}{{ '<|' + message.role + '|>' + message.content + '<|im_end|>' }}{% endfor -%}"
+    "{%- if tools %}{{ '<|system|>' }}"
+    "{% for tool in tools %}{{ tool.function.name }}("
+    "{{ tool.function.parameters.properties | join(', ') }})\n{% endfor %}"
+    "{{ '<|im_end|>' }}{% endif -%}"
+    "{%- for message in messages %}"
+    "{{ '<|' + message.role + '|>' + message.content + '<|im_end|>' }}"
+    "{% endfor -%}"
     "{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif -%}"
 )
 
-_MERGED_SHARE = 8  # one in eight learned tokens is a fragment, for words that are not in the vocabulary
+# One in so many learned tokens is a fragment, for words that are not in the vocabulary.
+_MERGED_SHARE = 8
 
 
 class TinyModelError(ValueError):
@@ -51,14 +59,17 @@ def build_tiny_policy(
     vocab_size: int = 1024,
     seed: int = 0,
 ) -> Path:
-    """Write tokenizer and random-initialised model to `out_dir` in Hugging Face format; returns the folder.
+    """Write tokenizer and random-initialised model to `out_dir` in Hugging Face format; returns the
+    folder.
 
-    `texts` are samples of what the policy will read and write. The vocabulary may come out smaller than
-    `vocab_size` if they hold fewer distinct pieces. Raises `TinyModelError` for sizes that do not divide.
+    `texts` are samples of what the policy will read and write. The vocabulary may come out smaller
+    than `vocab_size` if they hold fewer distinct pieces. Raises `TinyModelError` for sizes that do
+    not divide.
     """
     if hidden_size % heads or heads % kv_heads or (hidden_size // heads) % 2:
         raise TinyModelError(
-            f"hidden_size={hidden_size}, heads={heads}, kv_heads={kv_heads}: heads must divide hidden_size into even "
+            f"hidden_size={hidden_size}, heads={heads}, kv_heads={kv_heads}: heads must divide "
+            "hidden_size into even "
             "parts, and kv_heads must divide heads"
         )
     folder = Path(out_dir)
@@ -89,26 +100,35 @@ def build_tiny_policy(
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer whose vocabulary is: special tokens, 256 bytes, fragments, then the most frequent whole pieces."""
+    """A tokenizer whose vocabulary is: special tokens, 256 bytes, fragments, then the most frequent
+    whole pieces.
+    """
     least = len(SPECIAL_TOKENS) + 256
     if vocab_size < least:
-        raise TinyModelError(f"vocab_size={vocab_size}, at least {least} are needed for bytes and special tokens")
+        raise TinyModelError(
+            f"vocab_size={vocab_size}, at least {least} are needed for bytes and special tokens"
+        )
     split = _splitter()
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(piece for piece, _ in split.pre_tokenize_str(text))
     if not counts:
-        raise TinyModelError("no text to train a tokenizer on; give samples of observations and actions")
+        raise TinyModelError(
+            "no text to train a tokenizer on; give samples of observations and actions"
+        )
     vocab, merges = _fragments(counts, 256 + (vocab_size - least) // _MERGED_SHARE)
     for piece, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
         if len(vocab) + len(SPECIAL_TOKENS) >= vocab_size:
             break
         vocab.setdefault(piece, len(vocab))
-    # A piece in the vocabulary is taken whole, without the intermediate fragments that merging it would need.
+    # A piece in the vocabulary is taken whole, without the intermediate fragments that merging it
+    # would need.
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
     tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END_OF_TURN,
@@ -120,10 +140,12 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
 
 
 def _splitter() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
 
 
 def _fragments(counts: Counter[str], size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -131,9 +153,13 @@ def _fragments(counts: Counter[str], size: int) -> tuple[dict[str, int], list[tu
     tokenizer = Tokenizer(models.BPE())
     # Pieces are already in the byte alphabet and must not be split or mapped again.
     trainer = trainers.BpeTrainer(
-        vocab_size=size, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        vocab_size=size,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.train_from_iterator((piece for piece, n in sorted(counts.items()) for _ in range(n)), trainer)
+    tokenizer.train_from_iterator(
+        (piece for piece, n in sorted(counts.items()) for _ in range(n)), trainer
+    )
     model = json.loads(tokenizer.to_str())["model"]
     return dict(model["vocab"]), [(left, right) for left, right in model["merges"]]

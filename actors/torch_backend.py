@@ -1,44 +1,59 @@
-"""The torch backend: a Hugging Face causal LM, AdamW, and the optimizer steps of one training batch.
+"""The torch backend: a Hugging Face causal LM, AdamW, and the optimizer steps of one training
+batch.
 
-One step of the loop is `epochs` passes over the batch, each cut at random into `minibatches`, each of those into
-micro-batches by token budget. The gradient of a minibatch does not depend on how it is cut (weights per unit are
-fixed before), and everything random is seeded by (seed, step, epoch), so a step can be repeated bit for bit.
+One step of the loop is `epochs` passes over the batch, each cut at random into `minibatches`, each
+of those into micro-batches by token budget. The gradient of a minibatch does not depend on how it
+is cut (weights per unit are fixed before), and everything random is seeded by (seed, step, epoch),
+so a step can be repeated bit for bit.
 """
 
 import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import PreTrainedModel
 
 from loopwright.actors.allocator import keep_freed_memory
-from loopwright.actors.objective import LossSettings, MinibatchUnits, Tally, minibatch_units, weighted_loss
+from loopwright.actors.model_files import load_model, refuse_dropout
+from loopwright.actors.objective import (
+    LossSettings,
+    MinibatchUnits,
+    minibatch_units,
+    weighted_loss,
+)
 from loopwright.actors.packed_forward import (
+    MicroBatch,
     Sequences,
     action_logprobs,
     check_model,
     micro_batches,
     sequence_logprobs,
 )
+from loopwright.actors.step_progress import StepProgress
 from loopwright.algorithms.records import TrainBatch
 
 NON_FINITE_LIMIT = 20  # minibatches skipped before training fails (LOOP's code)
-LOG_RATIO_LIMIT = 20.0  # |mean over rollouts of the summed log-ratio| that ends a step's passes (LOOP's code)
+LOG_RATIO_LIMIT = (
+    20.0  # |mean over rollouts of the summed log-ratio| that ends a step's passes (LOOP's code)
+)
 
 
 class BackendError(Exception):
-    """A trainer that cannot be built or cannot go on; the text says what, which value and the remedy."""
+    """A trainer that cannot be built or cannot go on; the text says what, which value and the
+    remedy.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerSettings:
-    """How to build and run a trainer: plain values, the meanings as in the configuration of the same names."""
+    """How to build and run a trainer: plain values, the meanings as in the configuration of the
+    same names.
+    """
 
     model_path: str  # Hugging Face folder or hub id
     dtype: str = "float32"
@@ -56,7 +71,9 @@ class TrainerSettings:
     epochs: int = 1
     minibatches: int = 4
     token_budget: int = 4096
-    pack: bool = False  # several sequences a row: for devices on which padding costs more than masks
+    pack: bool = (
+        False  # several sequences a row: for devices on which padding costs more than masks
+    )
     gradient_checkpointing: bool = False
     logprob_chunk: int = 2048
     temperature: float = 1.0
@@ -68,60 +85,19 @@ class TrainerSettings:
 
 
 def learning_rate(settings: TrainerSettings, step: int) -> float:
-    """The learning rate of step 1, 2, …: linear warm-up, then the schedule, 0 after `total_steps`."""
+    """The rate of step 1, 2, …: linear warm-up, then the schedule, 0 after `total_steps`."""
     if step <= settings.warmup_steps:
         return settings.lr * step / settings.warmup_steps
     if settings.schedule == "constant":
         return settings.lr
     span = max(settings.total_steps - settings.warmup_steps, 1)
     progress = min((step - settings.warmup_steps - 1) / span, 1.0)
-    factor = 1.0 - progress if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    factor = (
+        1.0 - progress
+        if settings.schedule == "linear"
+        else 0.5 * (1.0 + math.cos(math.pi * progress))
+    )
     return settings.lr * factor
-
-
-def load_model(model_path: str, *, dtype: str, device: str) -> nn.Module:
-    """The causal LM at `model_path`, every trainable tensor in float32, in evaluation mode (no dropout).
-
-    Evaluation mode is on purpose: dropout would make current logprobs differ from the sampler's. Raises
-    `BackendError` for a path that holds no model and for dtypes without float32 master weights.
-    """
-    if dtype != "float32":
-        raise BackendError(
-            f"trainer dtype {dtype!r}: AdamW updates below about 1/256 of a weight vanish in bfloat16, and float32 "
-            "master weights are not built yet; set model.dtype = \"float32\""
-        )
-    looks_local = model_path.startswith((".", "/", "~")) or Path(model_path).exists()
-    folder = Path(model_path).expanduser()
-    if looks_local and not (folder / "config.json").is_file():
-        raise BackendError(f"model path {model_path!r}: no config.json there; give a Hugging Face folder or a hub id")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder) if looks_local else model_path, dtype=torch.float32, attn_implementation="sdpa"
-        )
-    except (OSError, ValueError) as error:
-        raise BackendError(f"model path {model_path!r} cannot be loaded: {error}") from error
-    return model.to(device).eval()
-
-
-def refuse_dropout(config: Mapping[str, Any]) -> None:
-    """Raise `BackendError` if a Hugging Face config has dropout, which training mode would switch on."""
-    active = [f"{k}={v}" for k, v in config.items() if ("dropout" in k or "pdrop" in k) and v]
-    if active:
-        raise BackendError(
-            f"gradient checkpointing runs the model in training mode, and it has dropout ({', '.join(active)}): current "
-            "logprobs would differ from the sampler's; set it to 0 in config.json or turn gradient_checkpointing off"
-        )
-
-
-@dataclass(slots=True, kw_only=True)
-class StepProgress:
-    """What a step has done so far."""
-
-    tally: Tally = field(default_factory=Tally)
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("proximal", "forward", "backward"), 0.0))
-    grad_norms: list[float] = field(default_factory=list)
-    skipped: int = 0
-    stopped_early: bool = False
 
 
 class TorchBackend:
@@ -130,7 +106,9 @@ class TorchBackend:
     def __init__(self, settings: TrainerSettings) -> None:
         """Load the model. Raises `BackendError` or `ForwardError` if it cannot be trained."""
         if settings.proximal not in ("behavior", "recomputed"):
-            raise BackendError(f"proximal={settings.proximal!r}, expected 'behavior' or 'recomputed'")
+            raise BackendError(
+                f"proximal={settings.proximal!r}, expected 'behavior' or 'recomputed'"
+            )
         torch.set_num_threads(settings.threads)
         if settings.device == "cpu":
             keep_freed_memory()
@@ -143,20 +121,26 @@ class TorchBackend:
         if settings.gradient_checkpointing:
             # Hugging Face recomputes in training mode only.
             refuse_dropout(self.model.config.to_dict())
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
             self.model.train()
         if settings.lora_rank:
             from loopwright.actors.lora import add_adapters
 
             self.model = add_adapters(
-                self.model, rank=settings.lora_rank, alpha=settings.lora_alpha, targets=settings.lora_targets
+                self.model,
+                rank=settings.lora_rank,
+                alpha=settings.lora_alpha,
+                targets=settings.lora_targets,
             )
         self.optimizer = self._build_optimizer()
 
     def train(self, batch: TrainBatch) -> dict[str, float]:
         """One step: all epochs and minibatches over `batch`. Returns the metrics.
 
-        Raises `BackendError` once more than 20 minibatches of the run had a loss or gradient that is not finite.
+        Raises `BackendError` once more than 20 minibatches of the run had a loss or gradient that
+        is not finite.
         """
         started = time.perf_counter()
         settings, progress = self.settings, StepProgress()
@@ -169,38 +153,54 @@ class TorchBackend:
         for minibatches in passes:
             for chosen in minibatches:
                 self._optimizer_step(batch, sequences, chosen, proximal, progress)
-                # From the same weights every later minibatch would see the same ratios: the step ends here.
+                # From the same weights every later minibatch would see the same ratios: the step
+                # ends here.
                 if progress.stopped_early:
                     break
             if progress.stopped_early:
                 break
         self.step = batch.step
-        return self._metrics(batch, progress, rate, time.perf_counter() - started)
+        return progress.metrics(
+            batch, epochs=settings.epochs, rate=rate, seconds=time.perf_counter() - started
+        )
 
     def logprobs(self, sequences: Sequences, chosen: np.ndarray | None = None) -> np.ndarray:
-        """Logprobs of the action tokens of all (or the `chosen`) sequences: [N] float32, 0 elsewhere."""
+        """Logprobs of the action tokens of all (or the `chosen`) sequences: [N] float32, 0
+        elsewhere.
+        """
         settings = self.settings
         return sequence_logprobs(
-            self.model, sequences, temperature=settings.temperature, chunk=settings.logprob_chunk,
-            token_budget=settings.token_budget, pack=settings.pack, device=settings.device,
+            self.model,
+            sequences,
+            temperature=settings.temperature,
+            chunk=settings.logprob_chunk,
+            token_budget=settings.token_budget,
+            pack=settings.pack,
+            device=settings.device,
             chosen=chosen,
         )
 
-    def hugging_face_model(self) -> nn.Module:
+    def hugging_face_model(self) -> PreTrainedModel:
         """The model as transformers knows it, whose config describes `published_tensors`."""
         return self.model
 
     def published_tensors(self) -> dict[str, Tensor]:
-        """What engines serve from: every weight under its Hugging Face name, adapters merged, tied ones shared."""
+        """What engines serve from: every weight under its Hugging Face name, adapters merged, tied
+        ones shared.
+        """
         if self.settings.lora_rank:
             from loopwright.actors.lora import merged_tensors
 
             return merged_tensors(self.model)
         names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        return {name: value.detach() for name, value in self.model.state_dict().items() if name in names}
+        return {
+            name: value.detach() for name, value in self.model.state_dict().items() if name in names
+        }
 
     def state(self) -> dict[str, Any]:
-        """Optimizer, step, counters and RNG, and the adapters if there are any; loadable with `weights_only`."""
+        """Optimizer, step, counters and RNG, and the adapters if there are any; loadable with
+        `weights_only`.
+        """
         trainable = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
         return {
             "step": self.step,
@@ -211,13 +211,16 @@ class TorchBackend:
         }
 
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Take saved weights (Hugging Face names) and the rest from `state`. Raises `BackendError` on other names."""
+        """Take saved weights (Hugging Face names) and the rest from `state`. Raises `BackendError`
+        on other names.
+        """
         own = dict(self.model.named_parameters())
         source = state["adapters"] if self.settings.lora_rank else tensors
         wanted = {n for n, p in own.items() if p.requires_grad}
         if missing := sorted(wanted - set(source)):
             raise BackendError(
-                f"saved weights lack {len(missing)} tensors of this model ({', '.join(missing[:5])}); load a "
+                f"saved weights lack {len(missing)} tensors of this model "
+                f"({', '.join(missing[:5])}); load a "
                 "checkpoint of the same model and the same LoRA settings"
             )
         with torch.no_grad():
@@ -230,18 +233,31 @@ class TorchBackend:
     def _build_optimizer(self) -> torch.optim.AdamW:
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         groups = [
-            {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": self.settings.weight_decay},
+            {
+                "params": [p for p in trainable if p.ndim >= 2],
+                "weight_decay": self.settings.weight_decay,
+            },
             {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
         return torch.optim.AdamW(
-            groups, lr=self.settings.lr, betas=self.settings.betas, eps=self.settings.eps, foreach=True
+            groups,
+            lr=self.settings.lr,
+            betas=self.settings.betas,
+            eps=self.settings.eps,
+            foreach=True,
         )
 
     def _proximal(
-        self, batch: TrainBatch, sequences: Sequences, later: list[np.ndarray], progress: StepProgress
+        self,
+        batch: TrainBatch,
+        sequences: Sequences,
+        later: list[np.ndarray],
+        progress: StepProgress,
     ) -> np.ndarray:
-        """Proximal logprobs [N] of the `later` minibatches; the first finds its own: nothing is updated before it."""
+        """Proximal logprobs [N] of the `later` minibatches; the first finds its own: nothing is
+        updated before it.
+        """
         if self.settings.proximal == "behavior":
             return batch.behavior_logprobs
         started = time.perf_counter()
@@ -249,7 +265,9 @@ class TorchBackend:
         if later:
             chosen = np.concatenate(later)
             values = self.logprobs(sequences, chosen)
-            places = batch.action_mask & np.isin(np.repeat(np.arange(len(batch.lengths)), batch.lengths), chosen)
+            places = batch.action_mask & np.isin(
+                np.repeat(np.arange(len(batch.lengths)), batch.lengths), chosen
+            )
             progress.tally.add_mismatch(
                 torch.from_numpy(values[places]), torch.from_numpy(batch.behavior_logprobs[places])
             )
@@ -264,13 +282,21 @@ class TorchBackend:
         return [np.flatnonzero(np.isin(batch.rollout_ids, part)) for part in parts if part.size]
 
     def _optimizer_step(
-        self, batch: TrainBatch, sequences: Sequences, chosen: np.ndarray, proximal: np.ndarray,
+        self,
+        batch: TrainBatch,
+        sequences: Sequences,
+        chosen: np.ndarray,
+        proximal: np.ndarray,
         progress: StepProgress,
     ) -> None:
         units = minibatch_units(
-            self.settings.loss, action_mask=batch.action_mask, turn_ids=batch.turn_ids,
+            self.settings.loss,
+            action_mask=batch.action_mask,
+            turn_ids=batch.turn_ids,
             sequence_of_place=np.repeat(np.arange(len(batch.lengths)), batch.lengths),
-            rollout_ids=batch.rollout_ids, advantages=batch.advantages, chosen=chosen,
+            rollout_ids=batch.rollout_ids,
+            advantages=batch.advantages,
+            chosen=chosen,
             minibatch_size=batch.rollout_count / self.settings.minibatches,
         )
         self.optimizer.zero_grad(set_to_none=True)
@@ -278,7 +304,9 @@ class TorchBackend:
         log_ratio /= max(units.rollouts, 1)
         progress.tally.log_ratio_by_minibatch.append(log_ratio)
         limit = self.settings.grad_clip or math.inf
-        norm = float(nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], limit))
+        norm = float(
+            nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], limit)
+        )
         if not (math.isfinite(norm) and math.isfinite(log_ratio)):
             self._skip(batch.step, norm, progress)
         elif abs(log_ratio) > LOG_RATIO_LIMIT:
@@ -289,8 +317,13 @@ class TorchBackend:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _accumulate_gradient(
-        self, batch: TrainBatch, sequences: Sequences, chosen: np.ndarray, proximal: np.ndarray,
-        units: MinibatchUnits, progress: StepProgress,
+        self,
+        batch: TrainBatch,
+        sequences: Sequences,
+        chosen: np.ndarray,
+        proximal: np.ndarray,
+        units: MinibatchUnits,
+        progress: StepProgress,
     ) -> float:
         """Backward over all micro-batches; returns the sum of the log-ratios."""
         settings, device = self.settings, self.settings.device
@@ -298,14 +331,18 @@ class TorchBackend:
         total = 0.0
         for micro in self._micro_batches(sequences, batch.rollout_ids, chosen):
             started = time.perf_counter()
-            lp = action_logprobs(self.model, micro, temperature=settings.temperature, chunk=settings.logprob_chunk)
+            lp = action_logprobs(
+                self.model, micro, temperature=settings.temperature, chunk=settings.logprob_chunk
+            )
             mu = torch.from_numpy(batch.behavior_logprobs[micro.tokens]).to(device)
             if first:
                 progress.tally.add_mismatch(lp.detach(), mu)
                 if settings.proximal == "recomputed":
                     proximal[micro.tokens] = lp.detach().cpu().numpy()
             prox = torch.from_numpy(proximal[micro.tokens]).to(device)
-            loss, log_ratio = weighted_loss(settings.loss, units, micro.tokens, lp, prox, mu, progress.tally)
+            loss, log_ratio = weighted_loss(
+                settings.loss, units, micro.tokens, lp, prox, mu, progress.tally
+            )
             total += log_ratio
             middle = time.perf_counter()
             loss.backward()
@@ -313,14 +350,20 @@ class TorchBackend:
             progress.seconds["backward"] += time.perf_counter() - middle
         return total
 
-    def _micro_batches(self, sequences: Sequences, rollout_ids: np.ndarray, chosen: np.ndarray) -> list[Any]:
+    def _micro_batches(
+        self, sequences: Sequences, rollout_ids: np.ndarray, chosen: np.ndarray
+    ) -> list[MicroBatch]:
         settings = self.settings
         if settings.loss.level != "trajectory" and settings.loss.loss != "gspo":
             parts = [chosen]
-        else:  # one ratio over a whole rollout: its instances must meet in one micro-batch, whatever it weighs
+        else:
+            # One ratio over a whole rollout: its instances must meet in one micro-batch.
             several = np.bincount(rollout_ids[chosen])[rollout_ids[chosen]] > 1
             whole = chosen[several]
-            parts = [chosen[~several], *(whole[rollout_ids[whole] == r] for r in np.unique(rollout_ids[whole]))]
+            parts = [
+                chosen[~several],
+                *(whole[rollout_ids[whole] == r] for r in np.unique(rollout_ids[whole])),
+            ]
         budgets = [settings.token_budget] + [1 << 62] * (len(parts) - 1)
         return [
             micro
@@ -335,27 +378,7 @@ class TorchBackend:
         self.non_finite += 1
         if self.non_finite > NON_FINITE_LIMIT:
             raise BackendError(
-                f"step {step}: {self.non_finite} minibatches were not finite (limit {NON_FINITE_LIMIT}), the last with "
-                f"gradient norm {norm}; lower trainer.lr, or look for a reward or logprob that is not finite"
+                f"step {step}: {self.non_finite} minibatches were not finite (limit "
+                f"{NON_FINITE_LIMIT}), the last with gradient norm {norm}; lower trainer.lr, or "
+                "look for a reward or logprob that is not finite"
             )
-
-    def _metrics(self, batch: TrainBatch, progress: StepProgress, rate: float, seconds: float) -> dict[str, float]:
-        tally = progress.tally
-        minibatches = max(len(tally.log_ratio_by_minibatch), 1)
-        trained = len(batch.token_ids) * self.settings.epochs
-        return {
-            "train/loss": tally.loss / minibatches,
-            "train/grad_norm_mean": float(np.mean(progress.grad_norms)) if progress.grad_norms else 0.0,
-            "train/grad_norm_max": max(progress.grad_norms, default=0.0),
-            **tally.means(),
-            "train/lr": rate,
-            "train/optimizer_steps": float(len(progress.grad_norms)),
-            "train/skipped_minibatches": float(progress.skipped),
-            "train/stopped_early": float(progress.stopped_early),
-            "train/tokens": float(len(batch.token_ids)),
-            "train/action_tokens": float(batch.action_mask.sum()),
-            "train/sequences": float(len(batch.lengths)),
-            "train/tokens_per_s": trained / seconds if seconds > 0 else 0.0,
-            "time/train_s": seconds,
-            **{f"time/train_{name}_s": value for name, value in progress.seconds.items()},
-        }

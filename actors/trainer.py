@@ -1,4 +1,6 @@
-"""The trainer: one long-lived process that holds the weights, takes a batch, and publishes what came of it."""
+"""The trainer: one long-lived process that holds the weights, takes a batch, and publishes what
+came of it.
+"""
 
 import os
 import time
@@ -26,7 +28,9 @@ class Trainer:
     """Plain class, used in process or as an actor. Calls come one at a time."""
 
     def __init__(self, settings: TrainerSettings, run_name: str) -> None:
-        """Load the model: that is policy version 0. `run_name` goes into the shared memory segment's name."""
+        """Load the model: that is policy version 0. `run_name` goes into the shared memory
+        segment's name.
+        """
         self.settings = settings
         self.run_name = run_name
         self.backend = TorchBackend(settings)
@@ -35,22 +39,31 @@ class Trainer:
     def step(self, step: int, batch: bytes) -> dict[str, float]:
         """Train on the encoded `TrainBatch` of `step` and return the metrics.
 
-        Steps count from 1. Raises `TrainerError` for any other than the next one, so that a repeated call never
-        trains twice.
+        Steps count from 1. Raises `TrainerError` for any other than the next one, so that a
+        repeated call never trains twice.
         """
         if step != self.backend.step + 1:
             raise TrainerError(
-                f"asked for step {step}, but the next is {self.backend.step + 1}: a step is trained exactly once and in "
-                "order; load the checkpoint that belongs to the ledger, or go on from the trainer's own step"
+                f"asked for step {step}, but the next is {self.backend.step + 1}: a step is "
+                "trained exactly once and in "
+                "order; load the checkpoint that belongs to the ledger, or go on from the "
+                "trainer's own step"
             )
         record = decode(batch)
         if not isinstance(record, TrainBatch) or record.step != step:
-            found = f"TrainBatch of step {record.step}" if isinstance(record, TrainBatch) else type(record).__name__
-            raise TrainerError(f"step {step}: got a {found}, expected the TrainBatch of step {step}")
+            found = (
+                f"TrainBatch of step {record.step}"
+                if isinstance(record, TrainBatch)
+                else type(record).__name__
+            )
+            raise TrainerError(
+                f"step {step}: got a {found}, expected the TrainBatch of step {step}"
+            )
         return self.backend.train(record)
 
     def publish(self, version: int) -> WeightManifest:
-        """Write the current weights to shared memory as policy version `version`; the manifest tells where.
+        """Write the current weights to shared memory as policy version `version`; the manifest
+        tells where.
 
         Every engine must have acknowledged the last manifest first.
         """
@@ -60,14 +73,19 @@ class Trainer:
         return self._shared.write(version, tensors)
 
     def save(self, path: str) -> dict[str, float]:
-        """Write a checkpoint into the folder `path`: Hugging Face weights, config, tokenizer, and the trainer state.
+        """Write a checkpoint into the folder `path`: Hugging Face weights, config, tokenizer, and
+        the trainer state.
 
-        Everything is flushed to disk when it returns; making the folder visible (renaming it) is the caller's.
+        Everything is flushed to disk when it returns; making the folder visible (renaming it) is
+        the caller's.
         """
         started = time.perf_counter()
         folder = Path(path)
         save_model(
-            self.backend.hugging_face_model(), self.backend.published_tensors(), folder, source=self.settings.model_path
+            self.backend.hugging_face_model(),
+            self.backend.published_tensors(),
+            folder,
+            source=self.settings.model_path,
         )
         save_state(self.backend.state(), folder / STATE_FILE)
         return {"time/save_s": time.perf_counter() - started}
@@ -77,7 +95,10 @@ class Trainer:
         folder = Path(path)
         state_file = folder / STATE_FILE
         if not state_file.is_file():
-            raise TrainerError(f"checkpoint {path!r}: no {STATE_FILE} there; it holds weights to start from, not a run")
+            raise TrainerError(
+                f"checkpoint {path!r}: no {STATE_FILE} there; it holds weights to start from, not "
+                "a run"
+            )
         state = torch.load(state_file, map_location=self.settings.device, weights_only=True)
         self.backend.restore(load_tensors(folder), state)
         return self.backend.step
@@ -88,13 +109,16 @@ class Trainer:
         self.backend = TorchBackend(self.settings)
 
     def probe(self, token_ids: np.ndarray) -> np.ndarray:
-        """Logprob of each token after the first under the current weights, at the training temperature: [T] float32.
+        """Logprob of each token after the first under the current weights, at the training
+        temperature: [T] float32.
 
         Entry 0 is 0. Engines answer the same for the version they hold.
         """
         mask = np.ones(len(token_ids), dtype=bool)
         mask[:1] = False
-        return self.backend.logprobs(Sequences.of(np.asarray(token_ids), mask, np.array([len(token_ids)])))
+        return self.backend.logprobs(
+            Sequences.of(np.asarray(token_ids), mask, np.array([len(token_ids)]))
+        )
 
     def weights_checksum(self) -> int:
         """One crc32 over the names and bytes of all published tensors."""

@@ -1,6 +1,7 @@
 """Advantages: how much better a rollout did than the others of its group. Pure NumPy, float64.
 
-`rewards_K` are the rewards of the K rollouts that really arrived for one task; early stops make K vary.
+`rewards_K` are the rewards of the K rollouts that really arrived for one task; early stops make K
+vary.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,8 +19,9 @@ def _checked(rewards_K: np.ndarray, estimator: str) -> np.ndarray:
     rewards = np.asarray(rewards_K, dtype=np.float64)
     if rewards.ndim != 1 or rewards.size < 2:
         raise AdvantageError(
-            f"{estimator}: a group of K={rewards.size} rollouts (shape {list(rewards.shape)}), at least 2 are "
-            "needed for a baseline; raise the group size or keep more rollouts of each task"
+            f"{estimator}: a group of K={rewards.size} rollouts (shape {list(rewards.shape)}), at "
+            "least 2 are needed for a baseline; raise the group size or keep more rollouts of each "
+            "task"
         )
     if not np.isfinite(rewards).all():
         raise AdvantageError(f"{estimator}: rewards {rewards.tolist()}, expected finite numbers")
@@ -27,7 +29,7 @@ def _checked(rewards_K: np.ndarray, estimator: str) -> np.ndarray:
 
 
 def leave_one_out(rewards_K: np.ndarray) -> np.ndarray:
-    """A_k = R_k − mean of the other rewards; not divided by a deviation (LOOP eq. 3; RLOO). Returns [K]."""
+    """A_k = R_k − mean of the other rewards (LOOP eq. 3; RLOO): [K]. No division by std."""
     rewards = _checked(rewards_K, "leave_one_out")
     return (rewards - rewards.mean()) * (rewards.size / (rewards.size - 1))
 
@@ -39,16 +41,17 @@ def group_mean(rewards_K: np.ndarray) -> np.ndarray:
 
 
 def group_normalized(rewards_K: np.ndarray, *, std_floor: float = 0.0) -> np.ndarray:
-    """A_k = (R_k − mean) / (unbiased deviation + 1e-6), the deviation at least `std_floor` (GRPO). Returns [K]."""
+    """A_k = (R_k − mean) / (unbiased std + 1e-6), the std at least `std_floor` (GRPO): [K]."""
     rewards = _checked(rewards_K, "group_normalized")
     std = max(float(rewards.std(ddof=1)), std_floor)
     return (rewards - rewards.mean()) / (std + STD_EPSILON)
 
 
 def batch_normalized(groups: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Group means removed, then divided by the unbiased deviation of the whole batch (REINFORCE++-baseline).
+    """Group means removed, then divided by the batch's unbiased std (REINFORCE++-baseline).
 
-    Takes the rewards of all groups of the step, since the deviation is theirs together; returns one [K] each.
+    Takes the rewards of all groups of the step, since the deviation is theirs together; returns one
+    [K] each.
     """
     centred = [group_mean(rewards) for rewards in groups]
     if not centred:

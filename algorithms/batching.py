@@ -1,4 +1,4 @@
-"""From the groups of one step to what the trainer eats: advantages, drops, flat arrays, and a report of it all."""
+"""From the groups of a step to the trainer's batch: advantages, drops, flat arrays, a report."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,17 +39,19 @@ def build_batch(
 ) -> tuple[TrainBatch, BatchReport]:
     """The batch of `step` and its report.
 
-    Groups keep their order. Rollouts whose |advantage| < `drop_below` carry no gradient: they are left out and
-    counted. `version` is the policy version trained at, `step − 1` by default. Raises `AdvantageError` for a group
-    of one rollout.
+    Groups keep their order. Rollouts whose |advantage| < `drop_below` carry no gradient: they are
+    left out and counted. `version` is the policy version trained at, `step − 1` by default. Raises
+    `AdvantageError` for a group of one rollout.
     """
     trained_at = step - 1 if version is None else version
     rewards = [np.array([r.reward for r in group.rollouts], dtype=np.float64) for group in groups]
     for group, values in zip(groups, rewards, strict=True):
         if values.size < 2:
             raise AdvantageError(
-                f"group of task {group.task_id} (ticket {group.ticket}) holds K={values.size} rollout(s); {advantage} "
-                "needs at least 2 for a baseline: raise the group size or keep more rollouts of each task"
+                f"group of task {group.task_id} (ticket {group.ticket}) holds K={values.size} "
+                f"rollout(s); {advantage} "
+                "needs at least 2 for a baseline: raise the group size or keep more rollouts of "
+                "each task"
             )
     values = np.concatenate(advantages(advantage, rewards)) if rewards else np.zeros(0)
     rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -79,9 +81,13 @@ def build_batch(
     return batch, report
 
 
-def _flatten(rollouts: Sequence[Rollout], kept: Sequence[int], values: np.ndarray, step: int) -> TrainBatch:
+def _flatten(
+    rollouts: Sequence[Rollout], kept: Sequence[int], values: np.ndarray, step: int
+) -> TrainBatch:
     # An instance in which the policy chose nothing has no loss: it would only cost compute.
-    contexts: list[tuple[int, Context]] = [(i, c) for i in kept for c in rollouts[i].contexts if c.action_mask.any()]
+    contexts: list[tuple[int, Context]] = [
+        (i, c) for i in kept for c in rollouts[i].contexts if c.action_mask.any()
+    ]
     owners = np.array([i for i, _ in contexts], dtype=np.int32)
 
     def flat(arrays: list[np.ndarray], dtype: type) -> np.ndarray:

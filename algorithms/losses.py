@@ -1,8 +1,9 @@
 """Policy losses, one small function each: tensors in, loss per unit out. Nothing is averaged here.
 
-A *unit* is what carries one importance ratio: a token, a turn or a whole trajectory. `lp`, `prox` and `mu` are the
-current, proximal and behavior logprobs of U units (`sum_by_unit` makes turn or trajectory units from tokens),
-`advantage` is [U]. Every function returns the loss to **minimise**, [U]; `algorithms.aggregation` weights the units.
+A *unit* is what carries one importance ratio: a token, a turn or a whole trajectory. `lp`, `prox`
+and `mu` are the current, proximal and behavior logprobs of U units (`sum_by_unit` makes turn or
+trajectory units from tokens), `advantage` is [U]. Every function returns the loss to **minimise**,
+[U]; `algorithms.aggregation` weights the units.
 """
 
 from typing import Literal
@@ -14,7 +15,9 @@ ClipForm = Literal["paper", "code"]
 
 
 def sum_by_unit(values: Tensor, unit_ids: Tensor, units: int) -> Tensor:
-    """Sum of `values` [M] over the tokens of each unit: [units]. `unit_ids` [M] int64 in 0 … units−1."""
+    """Sum of `values` [M] over the tokens of each unit: [units]. `unit_ids` [M] int64 in 0 …
+    units−1.
+    """
     return values.new_zeros(units).index_add(0, unit_ids, values)
 
 
@@ -27,7 +30,8 @@ def mean_by_unit(values: Tensor, unit_ids: Tensor, units: int) -> Tensor:
 def clip_bounds(clip: float, form: ClipForm) -> tuple[float, float]:
     """Lower and upper bound of the ratio.
 
-    `paper`: [1−ε, 1+ε], from g(A) = A + ε·abs(A) (LOOP eq. 4). `code`: [1/(1+ε), 1+ε] (LOOP's code), usable for ε > 1.
+    `paper`: [1−ε, 1+ε], from g(A) = A + ε·abs(A) (LOOP eq. 4). `code`: [1/(1+ε), 1+ε] (LOOP's
+    code), usable for ε > 1.
     """
     if form == "paper":
         return 1.0 - clip, 1.0 + clip
@@ -37,22 +41,38 @@ def clip_bounds(clip: float, form: ClipForm) -> tuple[float, float]:
 
 
 def ppo(
-    lp: Tensor, prox: Tensor, advantage: Tensor, *, low: float, high: float, dual_clip: float | None = None
+    lp: Tensor,
+    prox: Tensor,
+    advantage: Tensor,
+    *,
+    low: float,
+    high: float,
+    dual_clip: float | None = None,
 ) -> Tensor:
-    """−min(r·A, g(A)) with r = exp(lp − prox), g(A) = high·A for A ≥ 0 else low·A (PPO eq. 7; LOOP eq. 4).
+    """−min(r·A, g(A)) with r = exp(lp − prox), g(A) = high·A for A ≥ 0 else low·A (PPO eq. 7; LOOP
+    eq. 4).
 
-    Unbounded for A < 0 as r grows; `dual_clip` = c > 1 bounds it by −c·A (dual-clip PPO, Ye et al. 2020, eq. 6).
+    Unbounded for A < 0 as r grows; `dual_clip` = c > 1 bounds it by −c·A (dual-clip PPO, Ye et al.
+    2020, eq. 6).
     """
     ratio = torch.exp(lp - prox)
     bound = torch.where(advantage >= 0, high * advantage, low * advantage)
     objective = torch.minimum(ratio * advantage, bound)
     if dual_clip is not None:
-        objective = torch.where(advantage < 0, torch.maximum(objective, dual_clip * advantage), objective)
+        objective = torch.where(
+            advantage < 0, torch.maximum(objective, dual_clip * advantage), objective
+        )
     return -objective
 
 
 def ppo_clipped(
-    lp: Tensor, prox: Tensor, advantage: Tensor, *, low: float, high: float, dual_clip: float | None = None
+    lp: Tensor,
+    prox: Tensor,
+    advantage: Tensor,
+    *,
+    low: float,
+    high: float,
+    dual_clip: float | None = None,
 ) -> Tensor:
     """Which units `ppo` holds at a bound, and hence gives no gradient: [U] bool."""
     ratio = torch.exp(lp - prox)
@@ -64,13 +84,18 @@ def ppo_clipped(
 
 
 def aipo(
-    lp: Tensor, mu: Tensor, advantage: Tensor, *, cap: float, grad: Literal["stopgrad", "through"] = "stopgrad"
+    lp: Tensor,
+    mu: Tensor,
+    advantage: Tensor,
+    *,
+    cap: float,
+    grad: Literal["stopgrad", "through"] = "stopgrad",
 ) -> Tensor:
     """Importance weight min(exp(lp − mu), ρ), capped on one side, times A (AIPO, LlamaRL eq. 4).
 
-    `stopgrad`: the weight is a constant in front of A·lp, so the gradient ρ·A·∇lp survives past the cap (the paper's
-    form). `through`: the weight itself is the objective, with gradient 0 past the cap (public code). The returned
-    value is −weight·A in both.
+    `stopgrad`: the weight is a constant in front of A·lp, so the gradient ρ·A·∇lp survives past the
+    cap (the paper's form). `through`: the weight itself is the objective, with gradient 0 past the
+    cap (public code). The returned value is −weight·A in both.
     """
     if grad == "through":
         return -torch.exp(lp - mu).clamp(max=cap) * advantage
@@ -92,7 +117,7 @@ def decoupled(
     cap: float | None = None,
     dual_clip: float | None = None,
 ) -> Tensor:
-    """exp(prox − mu), capped at `cap`, times the PPO loss around the proximal policy (AReaL eq. 5)."""
+    """exp(prox − mu), capped at `cap`, times PPO around the proximal policy (AReaL eq. 5)."""
     weight = truncated_is(prox, mu, cap=cap if cap is not None else float("inf"))
     return weight * ppo(lp, prox, advantage, low=low, high=high, dual_clip=dual_clip)
 
@@ -103,13 +128,22 @@ def reinforce(lp: Tensor, advantage: Tensor) -> Tensor:
 
 
 def cispo(lp: Tensor, prox: Tensor, advantage: Tensor, *, low: float, high: float) -> Tensor:
-    """REINFORCE with the clipped ratio as a constant weight: every token keeps a gradient (CISPO, MiniMax-M1 eq. 4)."""
+    """REINFORCE with the clipped ratio as a constant weight: every token keeps a gradient (CISPO,
+    MiniMax-M1 eq. 4).
+    """
     weight = torch.exp(lp.detach() - prox).clamp(min=low, max=high)
     return -weight * advantage * lp
 
 
 def gspo(
-    lp: Tensor, prox: Tensor, advantage: Tensor, unit_ids: Tensor, units: int, *, low: float, high: float
+    lp: Tensor,
+    prox: Tensor,
+    advantage: Tensor,
+    unit_ids: Tensor,
+    units: int,
+    *,
+    low: float,
+    high: float,
 ) -> Tensor:
     """PPO loss on the geometric mean of a sequence's token ratios (GSPO eq. 5–7).
 
@@ -120,7 +154,9 @@ def gspo(
 
 
 def truncated_is(prox: Tensor, mu: Tensor, *, cap: float) -> Tensor:
-    """Mismatch weight min(exp(prox − mu), cap), a constant (truncated importance sampling, Ionides 2008)."""
+    """Mismatch weight min(exp(prox − mu), cap), a constant (truncated importance sampling, Ionides
+    2008).
+    """
     return torch.exp(prox - mu).clamp(max=cap).detach()
 
 
@@ -131,7 +167,9 @@ def masked_is(prox: Tensor, mu: Tensor, *, low: float, high: float) -> Tensor:
 
 
 def k1(lp: Tensor, reference: Tensor) -> Tensor:
-    """KL(current ‖ reference) at sampled tokens: lp − ref; unbiased, high variance (Schulman, "Approximating KL")."""
+    """KL(current ‖ reference) at sampled tokens: lp − ref; unbiased, high variance (Schulman,
+    "Approximating KL").
+    """
     return lp - reference
 
 
