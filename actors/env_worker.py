@@ -40,13 +40,21 @@ class EpisodeOrder:
 class EnvWorker:
     """Plays episodes. Environment instances are kept and reused; a faulted one is thrown away."""
 
-    def __init__(self, settings: WorkerSettings, engines: Sequence[Generate]) -> None:
+    def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
-        self._engines = engines
+        self._engines: Sequence[Generate] = ()
         self._loaded_chat: ChatFormat | None = None
         self._idle: list[Env] = []
         self._playing = 0
         self._played = 0
+
+    async def start(self, engines: Sequence[Generate]) -> int:
+        """Load the tokenizer, build one environment, learn who generates; the process id."""
+        self._chat()
+        if not self._idle:
+            self._idle.append(self._build())
+        self._engines = engines
+        return os.getpid()
 
     async def play(self, order: EpisodeOrder) -> bytes:
         """Play one episode; the encoded `Rollout`, also when the infrastructure failed. Raises `TaskError`."""
@@ -67,8 +75,7 @@ class EnvWorker:
         return encode(rollout)
 
     async def ping(self) -> dict[str, int]:
-        """Proof of life: process id and counters. The first one also loads the tokenizer."""
-        self._chat()
+        """Proof of life: process id and counters."""
         return {"pid": os.getpid(), "playing": self._playing, "played": self._played}
 
     async def close(self) -> None:

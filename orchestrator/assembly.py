@@ -69,13 +69,12 @@ def spawn(cluster: Cluster, config: Config, model_path: str, recorder: Recorder)
         Placement(cpus=config.trainer.threads, gpus=_gpus(config), threads=config.trainer.threads),
     )
     engines = [_spawn_engine(cluster, config, model_path, i, trainer) for i in range(config.rollout.engines)]
-    clients = [engine.generate_client() for engine in engines]
     settings = WorkerSettings(
         environment=config.environment.name, options=config.environment.options, tokenizer_path=model_path
     )
     workers = [
         cluster.spawn(
-            f"environment worker {i}", "loopwright.actors.env_worker:EnvWorker", (settings, clients),
+            f"environment worker {i}", "loopwright.actors.env_worker:EnvWorker", (settings,),
             Placement(cpus=_WORKER_CPUS),
         )
         for i in range(config.environment.workers)

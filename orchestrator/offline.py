@@ -30,7 +30,7 @@ async def evaluate_target(target: str, config_path: str, overrides: Sequence[str
     ):
         recorder = Recorder(trackers)
         recorder.phase(f"evaluating {model} on {len(tasks)} held-out tasks")
-        cluster = await asyncio.to_thread(assembly.open_cluster, config)
+        cluster = assembly.open_cluster(config)
         try:
             actors = assembly.spawn(cluster, config, model, recorder)
             await actors.training.start(None)
@@ -68,7 +68,7 @@ async def warm_start_only(loaded: Loaded) -> str:
     env = assembly.build_environment(config)
     with contextlib.closing(run_trackers(config, folder)) as trackers:
         recorder = Recorder(trackers)
-        cluster = await asyncio.to_thread(assembly.open_cluster, config)
+        cluster = assembly.open_cluster(config)
         try:
             plan = await warm_start.prepare(config, folder, env, cluster, recorder)
             report = await warm_start.clone(plan, recorder)

@@ -241,7 +241,10 @@ class Pool:
         await member.actor.call("start", timeout_s=self._deadlines.start_s, waiting_for="engine to load")
 
     async def _start_worker(self, member: _Member) -> None:
-        await member.actor.call("ping", timeout_s=self._deadlines.start_s, waiting_for="worker to start")
+        clients = [m.actor.generate_client() for m in self._engines]
+        await member.actor.call(
+            "start", clients, timeout_s=self._deadlines.start_s, waiting_for="environment worker to start"
+        )
         member.ready.set()
 
     async def _publish_to(self, member: _Member) -> UpdateReport | None:

@@ -58,7 +58,7 @@ async def run(loaded: Loaded, *, resume: bool) -> Ended:
             recorder.event("ledger_cut", size_bytes=ledger.state.cut_bytes)
         recorder.phase("starting Ray" if config.cluster.address != "none" else "starting in this process")
         with recorder.timed("start_cluster"):
-            cluster = await asyncio.to_thread(assembly.open_cluster, config)
+            cluster = assembly.open_cluster(config)
         recorder.phase(cluster.description)
         try:
             parts = await _start(config, folder, env, cluster, recorder, ledger, whole[-1] if whole else None)
