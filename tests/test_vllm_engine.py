@@ -130,6 +130,18 @@ class TestPublishing:
         assert np.array_equal(answers[0], answers[2])
         assert np.abs(answers[0] - answers[1]).max() > 0.5
 
+    def test_a_tied_head_follows_the_embedding_it_shares(self, bench: EngineBench) -> None:
+        """A trainer's parameters hold a tied tensor once, under the name of the embedding."""
+        model = build_model(35, tied=bench.tied)
+        once = dict(model.named_parameters())
+        assert ("lm_head.weight" in once) is not bench.tied
+        weights = SharedWeights.create("test-vllm", once)
+        bench.run(bench.engine.update_weights(weights.write(bench.version + 1, once), "continue"))
+        weights.close()
+        bench.version, bench.model = bench.version + 1, model
+        answer = bench.run(bench.engine.probe(PROBE))
+        np.testing.assert_allclose(answer, expected_probe(model), atol=2e-5)
+
     def test_requests_that_arrive_during_an_update_are_served_after_it(
         self, bench: EngineBench
     ) -> None:
