@@ -144,6 +144,22 @@ class DecodeBatch:
         )
         return self._record(tokens, logprobs)
 
+    def probe(self, token_ids: np.ndarray) -> np.ndarray:
+        """Logprobs `[T-1]` float32 of given tokens `[T]` under the weights being served, on KV of
+        their own."""
+        n = len(token_ids)
+        tokens = torch.from_numpy(token_ids.astype(np.int64)).to(self._model.kv_shape.device)
+        step = StepInput(
+            token_ids=np.roll(token_ids.astype(np.int64), 1),  # the last one is decoded, so first
+            positions=np.roll(np.arange(n), 1),
+            slots=np.zeros(n, np.int64),
+            decoded=1,
+            segments=[Segment(slot=0, start=0, length=n - 1)],
+        )
+        logits = self._model.forward(step, KVSlots(self._model.kv_shape, 1, n), every=True)[1:]
+        picked = torch.log_softmax(logits, dim=-1).gather(1, tokens[1:, None])
+        return picked[:, 0].cpu().numpy()
+
     def _step_input(self, rows: int) -> StepInput:
         segments = [(segment, sequence) for segment, sequence in self._segments if segment.length]
         for _, sequence in self._segments:

@@ -67,11 +67,19 @@ class Update:
 
 
 @dataclass(frozen=True, slots=True)
+class Probe:
+    """Logprobs of given tokens `[T]` under the weights being served."""
+
+    token_ids: np.ndarray
+    future: "asyncio.Future[np.ndarray]"
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """End the thread."""
 
 
-Command = Submit | Cancel | Update | Stop
+Command = Submit | Cancel | Update | Probe | Stop
 
 
 class EngineThread(threading.Thread):
@@ -154,6 +162,8 @@ class EngineThread(threading.Thread):
                 self._submit(command)
             elif isinstance(command, Cancel):
                 self._cancel(command)
+            elif isinstance(command, Probe):
+                self._outbox.append((command.future, self.batch.probe(command.token_ids)))
             else:
                 self._updates.append(command)
 

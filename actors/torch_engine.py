@@ -17,6 +17,7 @@ import queue
 import time
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 
 from loopwright.actors.decode_batch import DecodeBatch
@@ -33,6 +34,7 @@ from loopwright.actors.engine_thread import (
     Cancel,
     Command,
     EngineThread,
+    Probe,
     Stop,
     Submit,
     Update,
@@ -126,6 +128,17 @@ class TorchEngine:
             seconds=time.perf_counter() - began,
         )
 
+    async def probe(self, token_ids: np.ndarray) -> np.ndarray:
+        """Logprobs `[T-1]` float32 of given tokens `[T]` int32 under the weights being served.
+
+        A forward pass of its own, on no cache. Raises `EngineError` unless 2 <= T <= max_context.
+        """
+        self._running_thread()
+        self._check_tokens("probe", token_ids, 2, self._settings.max_context)
+        future: asyncio.Future[np.ndarray] = asyncio.get_running_loop().create_future()
+        self._put(Probe(token_ids, future))
+        return await future
+
     async def stats(self) -> EngineStats:
         """Counters and gauges; never waits for generation."""
         if self._thread is None:
@@ -162,17 +175,7 @@ class TorchEngine:
         """How many tokens the request may generate, after refusing what cannot be served."""
         settings, prompt = self._settings, request.prompt_ids
         name = f"request {request.request_id}"
-        if not 1 <= len(prompt) < settings.max_context:
-            raise EngineError(
-                f"{name}: a prompt of {len(prompt)} tokens; max_context {settings.max_context} "
-                f"admits 1 to {settings.max_context - 1}. Shorten the prompt or raise max_context"
-            )
-        assert self._model is not None  # _running_thread has seen it
-        if int(prompt.min()) < 0 or int(prompt.max()) >= self._model.vocab:
-            raise EngineError(
-                f"{name}: token ids {int(prompt.min())} to {int(prompt.max())} in the prompt, the "
-                f"vocabulary is 0 to {self._model.vocab - 1}. Use the model's own tokenizer"
-            )
+        self._check_tokens(name, prompt, 1, settings.max_context - 1)
         if request.max_new_tokens < 1 or not 0 <= request.temperature < float("inf"):
             raise EngineError(
                 f"{name}: max_new_tokens {request.max_new_tokens} and temperature "
@@ -187,6 +190,20 @@ class TorchEngine:
             )
         return limit
 
+    def _check_tokens(self, name: str, token_ids: np.ndarray, least: int, most: int) -> None:
+        if not least <= len(token_ids) <= most:
+            raise EngineError(
+                f"{name}: {len(token_ids)} tokens given; max_context {self._settings.max_context} "
+                f"admits {least} to {most}. Shorten the prompt or raise max_context"
+            )
+        assert self._model is not None  # _running_thread has seen it
+        low, high = int(token_ids.min()), int(token_ids.max())
+        if low < 0 or high >= self._model.vocab:
+            raise EngineError(
+                f"{name}: token ids {low} to {high} given, the vocabulary is 0 to "
+                f"{self._model.vocab - 1}. Use the model's own tokenizer"
+            )
+
     def _prepare(
         self, manifest: WeightManifest
     ) -> tuple[dict[str, torch.Tensor], Mapping[str, int]]:
@@ -197,9 +214,16 @@ class TorchEngine:
                 f"version {manifest.version}: the torch engine takes full weights, not an "
                 f"{manifest.kind}; merge the adapter before publishing"
             )
+        tensors: dict[str, torch.Tensor] = {}
+        refused = ""
         try:
             tensors = attach(manifest)
             checksums = verify(tensors, manifest_checksums(manifest))
         except WeightError as error:
-            raise EngineError(f"version {manifest.version} refused: {error}") from error
+            refused = str(error)
+        if (
+            refused
+        ):  # outside the handler, and without the views: an error must not keep a slot mapped
+            tensors.clear()
+            raise EngineError(f"version {manifest.version} refused: {refused}")
         return self._model.prepare(tensors), checksums

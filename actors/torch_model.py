@@ -144,9 +144,11 @@ class LeanModel:
         self._norm = weights["model.norm.weight"]
         self._layers = [_layer(weights, f"model.layers.{i}.") for i in range(self._layers_count)]
 
-    def forward(self, step: StepInput, kv: KVSlots) -> torch.Tensor:
-        """Logits `[A, vocab]` float32 of the decoded tokens; keys and values of all N go into
-        `kv`."""
+    def forward(self, step: StepInput, kv: KVSlots, *, every: bool = False) -> torch.Tensor:
+        """Logits `[A, vocab]` float32 of the decoded tokens, or `[N, vocab]` of `every` token.
+
+        Keys and values of all N go into `kv`.
+        """
         device, decoded = self.kv_shape.device, step.decoded
         positions = torch.from_numpy(step.positions).to(device)
         x = functional.embedding(
@@ -158,7 +160,7 @@ class LeanModel:
         mask = self._decode_mask(positions[:decoded], longest)
         for index, layer in enumerate(self._layers):
             normed = functional.rms_norm(x, self._norm.shape, layer.input_norm, self._eps)
-            last = index == self._layers_count - 1
+            last = index == self._layers_count - 1 and not every
             if last:  # nothing after its keys and values is needed of the prefilled tokens
                 keys_of, normed_q, x = normed, normed[:decoded], x[:decoded]
             else:

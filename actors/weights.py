@@ -2,9 +2,9 @@
 
 One POSIX shared memory segment (a file in `/dev/shm`) holds two slots. The trainer writes the slot
 that no engine reads, checksums each tensor, and only then hands out the manifest: the manifest is
-the commit. Publishing is serial and acknowledged by every engine, so a slot is never overwritten
-while an engine maps it; a publish that some engine has not acknowledged is repeated with the *same*
-manifest, never written again.
+the commit. A reader holds a lock on the slot it maps for as long as a view lives (an open file
+description lock, which the kernel drops with its process), and `write` takes a slot that nobody
+maps: what an engine serves from is never overwritten.
 
     trainer                                         every engine
     shared = SharedWeights.create(run, tensors)
@@ -21,6 +21,7 @@ import fcntl
 import mmap
 import os
 import secrets
+import struct
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -38,6 +39,7 @@ SEGMENT_PREFIX = "loopwright-"
 MANIFEST_SCHEMA = 1
 _ALIGNMENT = 64  # bytes; one cache line, and enough for any dtype
 _RESERVE_BYTES = 1 << 20  # left free on /dev/shm
+_OFD_SETLK = 37  # fcntl(2): lock a byte range for an open file description, never waiting
 _NAMED = 5  # tensors an error names before it counts the rest
 
 Kind = Literal["full", "adapter"]
@@ -131,17 +133,27 @@ def attach(manifest: WeightManifest) -> dict[str, "torch.Tensor"]:
     """Views on the published tensors, without a copy. They stay mapped for as long as a view lives.
 
     The mapping is private: writing to a view changes this process alone, so treat the views as
-    read-only. Raises `WeightError` if the segment is gone or too small.
+    read-only. Raises `WeightError` if the segment is gone, too small or being rewritten.
     """
     path = SEGMENT_FOLDER / manifest.segment
+    slot = min(manifest.offsets, default=0) // manifest.size_bytes
     try:
         with path.open("rb") as file:
+            # The mapping duplicates the descriptor and with it keeps the lock.
+            locked = _lock(
+                file.fileno(), fcntl.F_RDLCK, slot * manifest.size_bytes, manifest.size_bytes
+            )
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except (FileNotFoundError, ValueError) as error:
         raise WeightError(
             f"weights of version {manifest.version}: no shared memory segment {path} ({error}). "
             f"The trainer that wrote it has ended, or runs on another host; publish again"
         ) from error
+    if not locked:
+        raise WeightError(
+            f"weights of version {manifest.version} are being overwritten by a later version in {path}; "
+            f"take the later manifest"
+        )
     buffer = np.frombuffer(mapped, dtype=np.uint8)
     views: dict[str, torch.Tensor] = {}
     for name, shape, dtype, offset in zip(
@@ -228,13 +240,31 @@ class SharedWeights:
         return cls(segment, kind, owner, tensors, dtype)
 
     def write(self, version: int, tensors: Mapping[str, "torch.Tensor"]) -> WeightManifest:
-        """Copy `tensors` into the slot not in use and return the manifest that publishes them.
+        """Copy `tensors` into a slot that nobody maps and return the manifest that publishes them.
 
-        Every engine must have acknowledged the last manifest before the next `write`. Raises
-        `WeightError` if names or shapes are not those of `create`.
+        Raises `WeightError` if names or shapes are not those of `create`, or if both slots are
+        mapped: some engine has not taken the last manifest yet.
         """
         self._check(tensors)
-        base = self._next_slot * self.size_bytes
+        slot = self._lock_slot()
+        try:
+            return self._write_slot(slot * self.size_bytes, version, tensors)
+        finally:
+            self._next_slot = 1 - slot
+            _lock(self._file, fcntl.F_UNLCK, slot * self.size_bytes, self.size_bytes)
+
+    def _lock_slot(self) -> int:
+        for slot in (self._next_slot, 1 - self._next_slot):
+            if _lock(self._file, fcntl.F_WRLCK, slot * self.size_bytes, self.size_bytes):
+                return slot
+        raise WeightError(
+            f"SharedWeights {self.segment}: engines serve from both slots, so nothing may be "
+            f"overwritten. Publish the last manifest to every engine, then write again"
+        )
+
+    def _write_slot(
+        self, base: int, version: int, tensors: Mapping[str, "torch.Tensor"]
+    ) -> WeightManifest:
         checksums: dict[str, int] = {}
         for name, offset in self._offsets.items():
             dtype = _dtype_name(self._dtypes[name])
@@ -242,7 +272,6 @@ class SharedWeights:
             view.copy_(tensors[name].detach())
             # Of what lies in the segment, and now, while it is in the cache.
             checksums[name] = checksum(view)
-        self._next_slot = 1 - self._next_slot
         names = tuple(self._owner)
         return WeightManifest(
             version=version,
@@ -314,6 +343,17 @@ def _allocate(segment: str, size_bytes: int) -> int:
             f"shared memory segment {path} of {size_bytes:,} bytes: {error}"
         ) from error
     return file
+
+
+def _lock(file: int, kind: int, start: int, size_bytes: int) -> bool:
+    """Lock or unlock bytes of a segment for its open file description; False if another holds
+    them."""
+    request = struct.pack("hhqqixxxx", kind, os.SEEK_SET, start, size_bytes, 0)  # struct flock
+    try:
+        fcntl.fcntl(file, _OFD_SETLK, request)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _view(

@@ -226,6 +226,17 @@ class EngineConformance:
             assert len(completion.token_ids) == request.max_new_tokens
             self.assert_parity(bench, request, completion)
 
+    def test_a_probe_scores_tokens_under_the_served_weights(self, bench: EngineBench) -> None:
+        tokens = prompts(18, [70])[0]
+        for seed in (27, 28):
+            bench.run(bench.take(bench.stage(seed)))
+            probed = bench.run(bench.engine.probe(tokens))
+            expected = reference_logprobs(bench.model, tokens[:1], tokens[1:])
+            assert probed.dtype == np.float32
+            np.testing.assert_allclose(probed, expected, atol=self.tolerance, rtol=0)
+        with pytest.raises(EngineError, match="probe"):
+            bench.run(bench.engine.probe(tokens[:1]))
+
     def test_greedy_takes_the_likeliest_token(self, bench: EngineBench) -> None:
         request = bench.request(prompts(3, [12])[0], temperature=0.0)
         (completion,) = bench.generate([request])
@@ -382,7 +393,6 @@ class EngineConformance:
             file.write(bytes([byte ^ 0x10]))
         with pytest.raises(EngineError, match=name):
             bench.run(bench.engine.update_weights(manifest, "continue"))
-        bench.stage(25)  # the slot that the engine maps is never written: go round once
         bench.run(self._serves_and_takes_the_next(bench))
 
     async def _serves_and_takes_the_next(self, bench: EngineBench) -> None:

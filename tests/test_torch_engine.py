@@ -400,7 +400,7 @@ def test_closing_fails_what_is_pending(tiny: tuple[PreTrainedModel, Path]) -> No
 class _BrokenModel(LeanModel):
     """A model whose forward pass fails, as it would for want of memory."""
 
-    def forward(self, step: StepInput, kv: KVSlots) -> Tensor:
+    def forward(self, step: StepInput, kv: KVSlots, *, every: bool = False) -> Tensor:
         raise MemoryError(f"no room for {step.decoded} sequences")
 
 

@@ -4,9 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,11 +62,25 @@ def test_readers_see_exactly_what_was_written(writer: SharedWeights) -> None:
 
 def test_the_next_write_leaves_the_published_slot_alone(writer: SharedWeights) -> None:
     first = attach(writer.write(1, example(1)))
+    for version in (2, 3, 4):  # published, refused, written again: always the slot nobody maps
+        writer.write(version, example(version))
+        assert torch.equal(first["embed"], example(1)["embed"])
+
+
+def test_a_mapped_slot_is_never_overwritten(writer: SharedWeights) -> None:
+    first = attach(writer.write(1, example(1)))
     second = attach(writer.write(2, example(2)))
+    with pytest.raises(WeightError, match="both slots"):
+        writer.write(3, example(3))
     assert torch.equal(first["embed"], example(1)["embed"])
     assert torch.equal(second["embed"], example(2)["embed"])
-    writer.write(3, example(3))  # back in the first slot
-    assert torch.equal(first["embed"], example(3)["embed"])
+    kept = first["half"]
+    del first
+    with pytest.raises(WeightError, match="both slots"):
+        writer.write(3, example(3))
+    del kept  # the last view of the slot
+    third = attach(writer.write(3, example(3)))
+    assert torch.equal(third["embed"], example(3)["embed"])
     assert torch.equal(second["embed"], example(2)["embed"])
 
 
@@ -114,7 +129,9 @@ def test_missing_tensors_are_refused_by_name(writer: SharedWeights) -> None:
         (lambda t: t.update(scalar=torch.zeros(2)), r"other shape scalar \[2\]"),
     ],
 )
-def test_another_models_tensors_are_refused(writer: SharedWeights, change, named: str) -> None:
+def test_another_models_tensors_are_refused(
+    writer: SharedWeights, change: Callable[[dict[str, torch.Tensor]], Any], named: str
+) -> None:
     tensors = example(1)
     change(tensors)
     with pytest.raises(WeightError, match=named):
