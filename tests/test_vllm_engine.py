@@ -124,7 +124,7 @@ class TestPublishing:
     def test_the_probe_tells_which_weights_compute(self, bench: EngineBench) -> None:
         answers = []
         for seed in (31, 32, 31):
-            bench.run(bench.publish(seed))
+            bench.run(bench.take(bench.stage(seed)))
             answers.append(bench.run(bench.engine.probe(PROBE)))
             np.testing.assert_allclose(answers[-1], expected_probe(bench.model), atol=2e-5)
         assert np.array_equal(answers[0], answers[2])
@@ -147,7 +147,9 @@ class TestPublishing:
     ) -> None:
         async def crowd() -> list[Any]:
             requests = [bench.request(PROBE) for _ in range(6)]
-            return await asyncio.gather(bench.publish(33), *map(bench.engine.generate, requests))
+            return await asyncio.gather(
+                bench.take(bench.stage(33)), *map(bench.engine.generate, requests)
+            )
 
         _, *completions = bench.run(crowd())
         assert all(len(completion.token_ids) == 12 for completion in completions)
@@ -162,14 +164,14 @@ class TestPublishing:
     def test_what_cannot_be_loaded_is_refused(
         self, bench: EngineBench, change: dict[str, Any], text: str
     ) -> None:
-        whole = bench.writer.write(bench.version + 1, build_model(34, tied=bench.tied).state_dict())
+        whole = bench.stage(34).manifest
         with pytest.raises(EngineError, match=text):
             bench.run(bench.engine.update_weights(replace(whole, **change), "continue"))
         answer = bench.run(bench.engine.probe(PROBE))
         np.testing.assert_allclose(answer, expected_probe(bench.model), atol=2e-5)
 
     def test_an_incomplete_publish_is_refused_by_name(self, bench: EngineBench) -> None:
-        whole = bench.writer.write(bench.version + 1, build_model(34, tied=bench.tied).state_dict())
+        whole = bench.stage(34).manifest
         columns = ("names", "shapes", "dtypes", "offsets", "checksums")
         partial = replace(whole, **{column: getattr(whole, column)[1:] for column in columns})
         with pytest.raises(EngineError, match=f"1 missing: {whole.names[0]}"):
