@@ -9,7 +9,7 @@ run does not report is not shown.
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TextIO
 
 from rich.console import Console as Terminal
@@ -114,9 +114,10 @@ def facts(board: Board, now_s: float) -> list[tuple[str, str]]:
     if queues:
         text = ", ".join(f"{k.replace('_', ' ')} {v:.0f}" for k, v in queues.items())
         found.append(("queues", text))
-    phases = {k: v for k, v in _numbers(m, "time/", "_s").items() if k != "elapsed"}
-    if phases:
-        found.append(("seconds", ", ".join(f"{k} {v:.1f}" for k, v in phases.items())))
+    # `take`, `train`, …: the verbs of the loop; `train_forward` is a part of one, `elapsed` no phase
+    verbs = {k: v for k, v in _numbers(m, "time/", "_s").items() if "_" not in k and k != "elapsed"}
+    if verbs:
+        found.append(("seconds", ", ".join(f"{k} {v:.1f}" for k, v in verbs.items())))
     faults = _numbers(m, "fault/", "_total")
     if faults:
         text = ", ".join(f"{k.replace('_', ' ')} {v:.0f}" for k, v in faults.items())
@@ -136,9 +137,8 @@ def plain_line(board: Board, step: int, metrics: Mapping[str, float], now_s: flo
             return ""
         held_out = f"{metrics['eval/success']:.1%}"
         return f"{head}  held-out success {held_out} ({success_text(board.success)})"
-    shown = [
-        (k, text) for k, text in facts(board, now_s) if k not in ("held-out success", "queues")
-    ]
+    here = replace(board, metrics=dict(metrics))  # of this step alone, nothing left from earlier
+    shown = [(k, text) for k, text in facts(here, now_s) if k not in ("held-out success", "queues")]
     return "  ".join([head, *(f"{label} {text}" for label, text in shown)])
 
 

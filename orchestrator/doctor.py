@@ -296,7 +296,7 @@ def _plain(text: str) -> str:
     return text.replace("[", r"\[")  # rich reads brackets as markup: loopwright[vllm] is not
 
 
-def report(out: TextIO | None = None) -> int:
+def main(out: TextIO | None = None) -> int:
     """Diagnose, print the table, and give the exit code: 0, or 1 if something failed."""
     checks = diagnose()
     stream = out if out is not None else sys.stdout

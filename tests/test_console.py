@@ -27,6 +27,8 @@ STEP = {
     "queue/ready_groups": 3.0,
     "time/take_s": 1.5,
     "time/train_s": 2.0,
+    "time/train_forward_s": 1.0,
+    "time/elapsed_s": 50.0,
     "fault/infra_total": 2.0,
 }
 
@@ -70,12 +72,13 @@ def test_a_pipe_gets_one_line_per_step() -> None:
     console = Console(name="demo", total_steps=4, out=out, clock=clock)
     console.log(1, STEP)
     clock.now = 30.0
+    console.log(1, {"eval/success": 0.5, "time/evaluate_s": 9.0})
     console.log(2, STEP)
     console.close()
-    first, second = out.getvalue().splitlines()
+    first, _, second = out.getvalue().splitlines()
     assert first.startswith("step 1/4  reward 0.412  policy lag mean 0.25, max 1")
     assert "0: 1,234, 1: 990" in second
-    assert "take 1.5, train 2.0" in second
+    assert "seconds take 1.5, train 2.0  faults" in second  # not the evaluation's, no parts
     assert "infra 2" in second
     assert second.endswith("30s, about 1m00s left")  # 30 s a step, two to go
     assert "\x1b" not in out.getvalue()
