@@ -114,7 +114,7 @@ def facts(board: Board, now_s: float) -> list[tuple[str, str]]:
     if queues:
         text = ", ".join(f"{k.replace('_', ' ')} {v:.0f}" for k, v in queues.items())
         found.append(("queues", text))
-    # `take`, `train`, …: the verbs of the loop; `train_forward` is a part of one, `elapsed` no phase
+    # the verbs of the loop; `train_forward` is a part of one, and `elapsed` is not a phase
     verbs = {k: v for k, v in _numbers(m, "time/", "_s").items() if "_" not in k and k != "elapsed"}
     if verbs:
         found.append(("seconds", ", ".join(f"{k} {v:.1f}" for k, v in verbs.items())))
