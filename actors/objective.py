@@ -3,7 +3,7 @@ about itself.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ class LossSettings:
             "clip_form": ("paper", "code"),
             "mismatch": ("none", "truncated_is", "masked_is"),
             "aipo_grad": ("stopgrad", "through"),
+            "aggregation": get_args(Aggregation),
         }
         for name, values in known.items():
             if getattr(self, name) not in values:

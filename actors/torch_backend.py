@@ -109,6 +109,10 @@ class TorchBackend:
             raise BackendError(
                 f"proximal={settings.proximal!r}, expected 'behavior' or 'recomputed'"
             )
+        if settings.schedule not in ("constant", "linear", "cosine"):
+            raise BackendError(
+                f"schedule={settings.schedule!r}, expected constant, linear or cosine"
+            )
         torch.set_num_threads(settings.threads)
         if settings.device == "cpu":
             keep_freed_memory()

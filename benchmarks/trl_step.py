@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from loopwright.actors.objective import LossSettings
 from loopwright.actors.tiny_model import build_tiny_policy
-from loopwright.actors.torch_backend import LossSettings, TorchBackend, TrainerSettings
+from loopwright.actors.torch_backend import TorchBackend, TrainerSettings
 from loopwright.algorithms.records import TrainBatch
 
 GROUPS, GROUP_SIZE, MINIBATCHES = 32, 8, 4
@@ -103,15 +104,15 @@ def trl_step(
     """CPU seconds of TRL's second generation batch: `MINIBATCHES` optimizer steps over all
     rollouts.
     """
-    from datasets import Dataset
+    from datasets import Dataset  # type: ignore[import-untyped]
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOConfig, GRPOTrainer  # type: ignore[attr-defined]
 
     rollouts = len(prompts)
     accumulation = rollouts // MINIBATCHES // micro_batch
     marks: dict[int, float] = {}
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
+    class Clock(TrainerCallback):
         """Notes when each optimizer step begins and ends."""
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -145,7 +146,7 @@ def trl_step(
             lr_scheduler_type="constant",
             beta=0.0,
             loss_type="grpo",
-            scale_rewards=False,
+            scale_rewards="none",
             bf16=False,
             use_cpu=True,
             gradient_checkpointing=False,
