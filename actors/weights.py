@@ -151,8 +151,8 @@ def attach(manifest: WeightManifest) -> dict[str, "torch.Tensor"]:
         ) from error
     if not locked:
         raise WeightError(
-            f"weights of version {manifest.version} are being overwritten by a later version in {path}; "
-            f"take the later manifest"
+            f"weights of version {manifest.version} are being overwritten by a later version in "
+            f"{path}; take the later manifest"
         )
     buffer = np.frombuffer(mapped, dtype=np.uint8)
     views: dict[str, torch.Tensor] = {}

@@ -336,15 +336,18 @@ class EngineConformance:
         former, version, staged = bench.model, bench.version, bench.stage(23)
         prompt = prompts(13, [20])[0]
         request = bench.request(prompt, max_new_tokens=MAX_CONTEXT - 20)
+        twin = bench.request(prompt)  # comes after the update, while the first still runs
 
-        async def update_midway() -> Completion:
+        async def update_midway() -> tuple[Completion, Completion]:
             before = (await bench.engine.stats()).generated_tokens
             turn = asyncio.create_task(bench.engine.generate(request))
             await bench.until(lambda s: s.generated_tokens >= before + 3, "three tokens")
             await bench.take(staged, "continue")
-            return await turn
+            after = await bench.engine.generate(twin)
+            return await turn, after
 
-        completion = bench.run(update_midway())
+        completion, fresh = bench.run(update_midway())
+        self.assert_parity(bench, twin, fresh)
         switched = int(np.argmax(completion.versions == version + 1))
         assert switched >= 3
         assert (completion.versions[:switched] == version).all()

@@ -84,6 +84,31 @@ def test_a_mapped_slot_is_never_overwritten(writer: SharedWeights) -> None:
     assert torch.equal(second["embed"], example(2)["embed"])
 
 
+class _AttachingMeanwhile(dict[str, torch.Tensor]):
+    """Tensors that, while they are read, try to attach an earlier manifest."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], earlier: WeightManifest) -> None:
+        super().__init__(tensors)
+        self.earlier = earlier
+        self.answers: list[str] = []
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        try:
+            attach(self.earlier)
+            self.answers.append("attached")
+        except WeightError as error:
+            self.answers.append(str(error))
+        return super().__getitem__(name)
+
+
+def test_a_slot_being_rewritten_cannot_be_attached(writer: SharedWeights) -> None:
+    earlier = writer.write(1, example(1))
+    writer.write(2, example(2))
+    tensors = _AttachingMeanwhile(example(3), earlier)
+    writer.write(3, tensors)
+    assert "being overwritten by a later version" in tensors.answers[-1]
+
+
 def test_tied_tensors_are_stored_once(writer: SharedWeights) -> None:
     manifest = writer.write(1, example(1))
     offsets = dict(zip(manifest.names, manifest.offsets, strict=True))
