@@ -86,11 +86,7 @@ def clone(
         token_budget=token_budget,
     )
     backend = TorchBackend(settings)
-    joined = Sequences.of(
-        np.concatenate([s.token_ids for s in sequences]),
-        np.concatenate([s.action_mask for s in sequences]),
-        np.array([len(s.token_ids) for s in sequences]),
-    )
+    joined = _joined(sequences)
     losses, tokens = [], 0
     order = _endless_order(len(sequences), min(batch, len(sequences)), seed)
     for step in range(1, steps + 1):
@@ -109,6 +105,14 @@ def clone(
         loss_first=losses[0] if losses else 0.0,
         loss_last=float(np.mean(losses[-10:])) if losses else 0.0,
         seconds=time.perf_counter() - started,
+    )
+
+
+def _joined(sequences: Sequence[Demonstration]) -> Sequences:
+    return Sequences.of(
+        np.concatenate([s.token_ids for s in sequences]),
+        np.concatenate([s.action_mask for s in sequences]),
+        np.array([len(s.token_ids) for s in sequences]),
     )
 
 

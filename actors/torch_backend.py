@@ -21,7 +21,9 @@ from transformers import PreTrainedModel
 from loopwright.actors.allocator import keep_freed_memory
 from loopwright.actors.model_files import load_model, refuse_dropout
 from loopwright.actors.objective import (
-    LossSettings,
+    LossSettings as LossSettings,
+)
+from loopwright.actors.objective import (
     MinibatchUnits,
     minibatch_units,
     weighted_loss,
