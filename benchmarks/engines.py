@@ -70,10 +70,15 @@ def save_model(folder: Path, layers: int) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def run_engine(folder: Path, work: Workload, make: Callable[[EngineSettings], Engine]) -> Any:
+def run_engine(
+    folder: Path, work: Workload, make: Callable[[EngineSettings], Engine], **options: Any
+) -> Any:
     """Measure one of our engines, `work.concurrency` requests in flight."""
     settings = EngineSettings(
-        model_path=str(folder), max_concurrency=work.concurrency, max_context=MAX_CONTEXT
+        model_path=str(folder),
+        max_concurrency=work.concurrency,
+        max_context=MAX_CONTEXT,
+        options=options,
     )
 
     async def serve(engine: Engine, asked: Sequence[tuple[np.ndarray, int]], turn: str) -> int:
@@ -114,7 +119,9 @@ def run_vllm(folder: Path, work: Workload) -> dict[str, float]:
     """The vLLM engine, as the rollout actor runs it."""
     from loopwright.actors.vllm_engine import VllmEngine
 
-    return run_engine(folder, work, VllmEngine)
+    # vLLM 0.32 rewinds a seeded request's generator after a partial prefill, which a CPU generator
+    # cannot do, and its engine core ends: keep prefills whole.
+    return run_engine(folder, work, VllmEngine, enable_chunked_prefill=False)
 
 
 def run_generate(folder: Path, work: Workload) -> dict[str, float]:
@@ -227,7 +234,7 @@ def measure_all(names: Sequence[str], work: Workload, folder: Path) -> dict[str,
         command += ["--out", str(answer)]
         for key, value in asdict(work).items():
             command += [f"--{key}", str(value)]
-        subprocess.run(command, check=True, timeout=TIME_LIMIT_S, stdout=subprocess.DEVNULL)
+        subprocess.run(command, check=True, timeout=TIME_LIMIT_S, stdout=sys.stderr)
         results[name] = json.loads(answer.read_text())
         print(f"  {name:15s} done", file=sys.stderr)
     return results
