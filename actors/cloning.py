@@ -3,6 +3,7 @@ only.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from torch import nn
 from loopwright.actors.model_files import save_model
 from loopwright.actors.packed_forward import Sequences, action_logprobs, micro_batches
 from loopwright.actors.torch_backend import TorchBackend, TrainerSettings, learning_rate
+
+_WARMUP_STEPS = 50
+_RECENT_STEPS = 15  # optimizer steps that the early stop averages over
 
 Progress = Callable[[int, float], None]  # (step, mean negative logprob of its action tokens)
 
@@ -40,11 +44,12 @@ class CloningError(ValueError):
 class CloningReport:
     """What was learned by cloning, so that it can be told apart from what RL learned."""
 
-    demonstrations: int
+    demonstrations: int  # that were learned from
     steps: int
     action_tokens: int  # seen, repeats counted
     loss_first: float  # mean negative logprob of an action token
     loss_last: float
+    match_last: float  # probability of writing an unseen demonstration word for word, recent mean
     seconds: float
 
 
@@ -59,14 +64,17 @@ def clone(
     seed: int = 0,
     threads: int = 1,
     token_budget: int = 2048,
+    until_match: float = 1.0,
     progress: Progress | None = None,
 ) -> CloningReport:
-    """Train the model at `model_path` for `steps` optimizer steps on `sequences` and save it to
-    `out_dir`.
+    """Train the model at `model_path` for at most `steps` optimizer steps on `sequences` and save it
+    to `out_dir`.
 
     Each step takes `batch` demonstrations; the demonstrations are gone through in a new order as
-    often as it takes. Learning rate: warm-up over the first tenth, then cosine towards 0. Raises
-    `CloningError` without demonstrations.
+    often as it takes. Cloning ends early once the policy would write a demonstration it is about to
+    learn from word for word with probability `until_match` (mean of the recent ones): RL is to do
+    the rest, and a policy cloned to certainty no longer explores. Learning rate: warm-up over the
+    first 50 steps, then constant. Raises `CloningError` without demonstrations.
     """
     started = time.perf_counter()
     if not sequences:
@@ -80,30 +88,34 @@ def clone(
         lr=lr,
         betas=(0.9, 0.95),
         weight_decay=0.01,
-        schedule="cosine",
-        warmup_steps=max(1, steps // 10),
-        total_steps=steps + 1,
+        warmup_steps=min(_WARMUP_STEPS, max(1, steps // 10)),
         token_budget=token_budget,
     )
     backend = TorchBackend(settings)
     joined = _joined(sequences)
-    losses, tokens = [], 0
+    losses: list[float] = []
+    matches: deque[float] = deque(maxlen=_RECENT_STEPS)
+    tokens = 0
     order = _endless_order(len(sequences), min(batch, len(sequences)), seed)
     for step in range(1, steps + 1):
         for group in backend.optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
-        loss, seen = _cloning_step(backend, joined, next(order))
+        loss, seen, match = _cloning_step(backend, joined, next(order))
         losses.append(loss)
+        matches.append(match)
         tokens += seen
         if progress is not None:
             progress(step, loss)
+        if len(matches) == _RECENT_STEPS and float(np.mean(matches)) >= until_match:
+            break
     save_model(backend.model, backend.published_tensors(), Path(out_dir), source=str(model_path))
     return CloningReport(
-        demonstrations=len(sequences),
-        steps=steps,
+        demonstrations=min(len(sequences), len(losses) * batch),
+        steps=len(losses),
         action_tokens=tokens,
         loss_first=losses[0] if losses else 0.0,
         loss_last=float(np.mean(losses[-10:])) if losses else 0.0,
+        match_last=float(np.mean(matches)) if matches else 0.0,
         seconds=time.perf_counter() - started,
     )
 
@@ -129,13 +141,15 @@ def _endless_order(count: int, batch: int, seed: int) -> Iterator[np.ndarray]:
 
 def _cloning_step(
     backend: TorchBackend, sequences: Sequences, chosen: np.ndarray
-) -> tuple[float, int]:
-    """One optimizer step; mean negative logprob and number of its action tokens."""
+) -> tuple[float, int, float]:
+    """One optimizer step; mean negative logprob and number of its action tokens, and the mean
+    probability, before the step, of writing one of its demonstrations word for word."""
     settings = backend.settings
     spans = zip(sequences.starts[chosen], sequences.starts[chosen + 1], strict=True)
     tokens = sum(int(sequences.action_mask[start:end].sum()) for start, end in spans)
     backend.optimizer.zero_grad(set_to_none=True)
     total = 0.0
+    whole = np.zeros(len(sequences.lengths))  # logprob of each demonstration's actions
     for micro in micro_batches(
         sequences, chosen, token_budget=settings.token_budget, device=settings.device
     ):
@@ -143,6 +157,8 @@ def _cloning_step(
         loss = -lp.sum() / max(tokens, 1)
         loss.backward()
         total += float(loss.detach())
+        owner = np.searchsorted(sequences.starts, micro.tokens, side="right") - 1
+        np.add.at(whole, owner, lp.detach().cpu().numpy())
     nn.utils.clip_grad_norm_(backend.model.parameters(), 1.0)
     backend.optimizer.step()
-    return total, tokens
+    return total, tokens, float(np.exp(whole[chosen]).mean())
