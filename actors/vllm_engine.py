@@ -80,6 +80,8 @@ class VllmEngine:
             raise EngineError("VllmEngine.start: it runs already; one start per engine")
         prepare_environment(self._settings)
         require_vllm(self._settings.device)
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
         try:
             self._llm = self._launch()
         except (RuntimeError, ValueError, TypeError, OSError, AssertionError) as error:
@@ -91,6 +93,7 @@ class VllmEngine:
         # Asked once here, so that `generate` registers a request without waiting and `cancel`
         # finds it.
         await self._llm.get_supported_tasks()
+        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest())
         await self._llm.update_weight_version("0")
         self._started_at = time.monotonic()
         self._out_of_service = ""

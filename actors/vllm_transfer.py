@@ -17,7 +17,9 @@ plain `model.load_weights` leaves as it was. It never re-packs a *tied* head, wh
 Imports vllm at module level: nothing but a vLLM worker imports this module.
 """
 
+import ctypes
 import logging
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +40,7 @@ from vllm.model_executor.model_loader.reload import (
 from loopwright.actors.weights import WeightError, attach, decode, manifest_checksums, verify
 
 BACKEND = "loopwright_shared_memory"
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 @dataclass
@@ -59,7 +62,14 @@ class SharedMemoryTransfer(WeightTransferEngine[SharedMemoryInit, PublishedWeigh
     update_info_cls = PublishedWeights
 
     def init_transfer_engine(self, init_info: SharedMemoryInit) -> None:
-        """No handshake: the manifest is the commit."""
+        """Tie this worker's life to its starter's; for the weights there is nothing to agree on.
+
+        vLLM ends its engine core when it is asked to or when its starter ends in order. A starter
+        that is killed (by Ray, by the kernel for memory) would leave the model's memory behind.
+        """
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed in the vLLM worker")
 
     def start_weight_update(self) -> None:
         """Return every layer to checkpoint format, its serving tensors kept aside."""

@@ -7,6 +7,8 @@ import asyncio
 import importlib.util
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -235,6 +237,41 @@ def test_a_dead_engine_core_ends_every_call_with_an_error(tmp_path: Path) -> Non
     np.testing.assert_allclose(answer, expected_probe(model), atol=2e-5)
     assert [type(end) for end in ends] == [EngineError] * 3
     assert engine_cores() == []
+
+
+KILLED_HOST = """
+import asyncio, os, signal, sys
+from loopwright.actors.engine import EngineSettings
+from loopwright.actors.vllm_engine import VllmEngine
+
+async def main():
+    await VllmEngine(EngineSettings(model_path=sys.argv[1], max_context=128)).start()
+    print("started", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+def test_a_killed_host_leaves_no_engine_core_behind(tmp_path: Path) -> None:
+    build_model(0, tied=True).save_pretrained(tmp_path)
+    script = tmp_path / "host.py"
+    script.write_text(KILLED_HOST)
+    host = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    try:  # the engine core holds the pipe too: its end is the end of both
+        output, _ = host.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(host.pid, signal.SIGKILL)
+        raise
+    assert host.returncode == -signal.SIGKILL
+    assert b"started" in output
 
 
 def test_a_model_that_cannot_be_served_is_refused_at_start(tmp_path: Path) -> None:
