@@ -1,8 +1,9 @@
 """Messages to tokens, once: what the policy has seen or written is never decoded and encoded again.
 
-`ChatFormat.open` renders the first messages with the tokenizer's own chat template. `ChatFormat.extend` renders
-only what comes after the policy's turn, as the difference of two renderings of a fixed stand-in conversation, so
-the prefix of turn n+1 equals turn n's tokens whatever the template does with earlier turns.
+`ChatFormat.open` renders the first messages with the tokenizer's own chat template.
+`ChatFormat.extend` renders only what comes after the policy's turn, as the difference of two
+renderings of a fixed stand-in conversation, so the prefix of turn n+1 equals turn n's tokens
+whatever the template does with earlier turns.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,7 +42,9 @@ class ChatFormat:
         """The format of the model at `model_path` (folder or hub id)."""
         return cls(AutoTokenizer.from_pretrained(model_path))
 
-    def open(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> np.ndarray:
+    def open(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> np.ndarray:
         """Tokens of the first prompt, generation prompt included. [T] int32"""
         text = self._render(_plain(messages), tools=[dict(t) for t in tools] or None, prompt=True)
         return self._encode(text)
@@ -49,7 +52,8 @@ class ChatFormat:
     def extend(self, messages: Sequence[Message], last_token_id: int | None) -> np.ndarray:
         """Tokens from the end of the policy's turn to the next generation prompt. [T] int32
 
-        `last_token_id` is the turn's last token: where it is a stop token, the template's own is not repeated.
+        `last_token_id` is the turn's last token: where it is a stop token, the template's own is
+        not repeated.
         """
         base = [{"role": "user", "content": _STAND_IN}, {"role": "assistant", "content": _STAND_IN}]
         before = self._render(base, tools=None, prompt=False)
@@ -76,13 +80,16 @@ class ChatFormat:
         stops = {self.tokenizer.eos_token_id} - {None}
         text = self._render(
             [{"role": "user", "content": _STAND_IN}, {"role": "assistant", "content": _STAND_IN}],
-            tools=None, prompt=False,
+            tools=None,
+            prompt=False,
         )
-        tail = self._encode(text[text.rindex(_STAND_IN) + len(_STAND_IN):])
+        tail = self._encode(text[text.rindex(_STAND_IN) + len(_STAND_IN) :])
         if tail.size and int(tail[0]) in self.tokenizer.all_special_ids:
             stops.add(int(tail[0]))
         if not stops:
-            raise ChatFormatError(f"{self.tokenizer.name_or_path!r} has no end-of-turn token to stop at")
+            raise ChatFormatError(
+                f"{self.tokenizer.name_or_path!r} has no end-of-turn token to stop at"
+            )
         return tuple(sorted(stops))
 
     def _render(

@@ -1,4 +1,5 @@
-"""Oracle demonstrations: recorded as text by whoever holds the environment, turned into tokens where the model is."""
+"""Oracle demonstrations: recorded as text by whoever holds the environment, turned into tokens
+where the model is."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -34,10 +35,16 @@ async def demonstrate(env: Env, task: Task) -> Demonstration:
         if step.terminated:
             break
     if not turns:
-        raise EnvError(f"{task.environment} has no oracle for task {task.id}: nothing to clone from")
+        raise EnvError(
+            f"{task.environment} has no oracle for task {task.id}: nothing to clone from"
+        )
     verdict = await env.evaluate()
     return Demonstration(
-        task_id=task.id, opening=opening, turns=tuple(turns), reward=verdict.reward, success=verdict.success
+        task_id=task.id,
+        opening=opening,
+        turns=tuple(turns),
+        reward=verdict.reward,
+        success=verdict.success,
     )
 
 
@@ -51,20 +58,32 @@ def texts(demonstrations: Iterable[Demonstration]) -> Iterable[str]:
 
 
 def tokenize(demonstration: Demonstration, chat: "ChatFormat") -> Context:
-    """The tokens an engine would have seen and produced, each action closed by the template's own end of turn."""
+    """The tokens an engine would have seen and produced, each action closed by the template's own
+    end of turn."""
     prompt = chat.open(demonstration.opening.messages, demonstration.opening.tools)
     pieces: list[tuple[np.ndarray, int]] = [(prompt, -1)]  # (tokens, turn or -1)
     for turn, (action, reply) in enumerate(demonstration.turns):
-        action_ids = np.asarray(chat.tokenizer.encode(action, add_special_tokens=False), dtype=np.int32)
-        tail = chat.extend(reply, None) if reply else chat.extend([Message(role="user", content="")], None)
+        action_ids = np.asarray(
+            chat.tokenizer.encode(action, add_special_tokens=False), dtype=np.int32
+        )
+        tail = (
+            chat.extend(reply, None)
+            if reply
+            else chat.extend([Message(role="user", content="")], None)
+        )
         if not tail.size or int(tail[0]) not in chat.stop_token_ids:
-            raise ValueError("the chat template does not end a turn with a stop token: nothing to learn to stop at")
+            raise ValueError(
+                "the chat template does not end a turn with a stop token: nothing to learn to stop at"
+            )
         pieces += [(np.concatenate([action_ids, tail[:1]]), turn), (tail[1:], -1)]
     pieces.pop()  # what follows the last action was seen by nobody
     tokens = np.concatenate([ids for ids, _ in pieces]).astype(np.int32)
     turns = np.concatenate([np.full(ids.size, turn, np.int16) for ids, turn in pieces])
     mask = turns >= 0
     return Context(
-        token_ids=tokens, action_mask=mask, behavior_logprobs=np.zeros(tokens.size, np.float32),
-        policy_versions=np.where(mask, 0, -1).astype(np.int32), turn_ids=turns,
+        token_ids=tokens,
+        action_mask=mask,
+        behavior_logprobs=np.zeros(tokens.size, np.float32),
+        policy_versions=np.where(mask, 0, -1).astype(np.int32),
+        turn_ids=turns,
     )

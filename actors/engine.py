@@ -1,8 +1,8 @@
 """What generates: the protocol both engines implement, and the records that pass through it.
 
-Token in, token out. Logprobs are those of the sampled tokens at the sampling temperature, with no top-p, top-k or
-penalties, so that they equal the trainer's by construction. Every generated token carries the policy version
-that produced it.
+Token in, token out. Logprobs are those of the sampled tokens at the sampling temperature, with no
+top-p, top-k or penalties, so that they equal the trainer's by construction. Every generated token
+carries the policy version that produced it.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,8 @@ OnUpdate = Literal["continue", "finish"]
 
 
 class EngineError(Exception):
-    """An engine cannot do what it was asked; the text says what, which value, the limit and the remedy."""
+    """An engine cannot do what it was asked; the text says what, which value, the limit and the
+    remedy."""
 
 
 class FinishReason(StrEnum):
@@ -34,12 +35,14 @@ class GenerateRequest:
     """One turn to generate."""
 
     request_id: str
-    session: str  # the episode: an engine may keep its KV between turns and prefill only what is new
+    # the episode: an engine may keep its KV between turns and prefill only what is new
+    session: str
     prompt_ids: np.ndarray  # [P] int32
     max_new_tokens: int
     stop_token_ids: tuple[int, ...]
     temperature: float = 1.0  # 0 is greedy (evaluation only)
-    seed: int  # of this request alone: the same seed and logits give the same tokens whatever else runs
+    # of this request alone: the same seed and logits give the same tokens whatever else runs
+    seed: int
     priority: int = 0  # lower is served first (the ticket: the oldest group unblocks the trainer)
 
 
@@ -108,14 +111,15 @@ class Engine(Protocol):
         ...
 
     async def update_weights(self, manifest: WeightManifest, on_update: OnUpdate) -> UpdateReport:
-        """Take the published weights. `continue`: running sequences go on under them, their KV kept; `finish`:
-        running requests finish under the old ones first. Either way no later request is served from KV of an
-        older version. Raises `EngineError` naming the tensors whose checksum does not match."""
+        """Take the published weights. `continue`: running sequences go on under them, their KV
+        kept; `finish`: running requests finish under the old ones first. Either way no later
+        request is served from KV of an older version. Raises `EngineError` naming the tensors whose
+        checksum does not match."""
         ...
 
     async def probe(self, token_ids: np.ndarray) -> np.ndarray:
-        """Logprobs [T-1] float32 of the given tokens [T] int32 under the weights being served, computed by the
-        engine itself, bypassing caches."""
+        """Logprobs [T-1] float32 of the given tokens [T] int32 under the weights being served,
+        computed by the engine itself, bypassing caches."""
         ...
 
     async def stats(self) -> EngineStats:

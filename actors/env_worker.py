@@ -1,4 +1,5 @@
-"""Environment worker: many episodes at once on one event loop, each with an environment instance of its own."""
+"""Environment worker: many episodes at once on one event loop, each with an environment instance of
+its own."""
 
 import asyncio
 import os
@@ -11,8 +12,8 @@ from loopwright.algorithms.records import encode
 from loopwright.envs import registry
 from loopwright.envs.protocol import Env, decode_task
 
-
-if TYPE_CHECKING:  # transformers is imported where the tokenizer is loaded, in the worker's own process
+# transformers is imported where the tokenizer is loaded, in the worker's own process
+if TYPE_CHECKING:
     from loopwright.actors.chat import ChatFormat
 
 
@@ -57,13 +58,20 @@ class EnvWorker:
         return os.getpid()
 
     async def play(self, order: EpisodeOrder) -> bytes:
-        """Play one episode; the encoded `Rollout`, also when the infrastructure failed. Raises `TaskError`."""
+        """Play one episode; the encoded `Rollout`, also when the infrastructure failed. Raises
+        `TaskError`."""
         env = self._idle.pop() if self._idle else self._build()
         self._playing += 1
         try:
             rollout = await play_episode(
-                env, decode_task(order.task), order.attempt, self._engines[order.engine], self._chat(),
-                order.limits, seed=order.seed, priority=order.priority,
+                env,
+                decode_task(order.task),
+                order.attempt,
+                self._engines[order.engine],
+                self._chat(),
+                order.limits,
+                seed=order.seed,
+                priority=order.priority,
             )
         finally:
             self._playing -= 1

@@ -1,4 +1,5 @@
-"""One episode: the environment and the policy take turns until one of them is done, and a rollout remains."""
+"""One episode: the environment and the policy take turns until one of them is done, and a rollout
+remains."""
 
 import asyncio
 import time
@@ -81,7 +82,8 @@ class _Transcript:
 
 @dataclass(slots=True)
 class _Progress:
-    """What is known of an episode so far, kept outside the coroutine so that a timeout can still report it."""
+    """What is known of an episode so far, kept outside the coroutine so that a timeout can still
+    report it."""
 
     phase: str = "reset"
     turns: int = 0
@@ -100,37 +102,56 @@ async def play_episode(
     seed: int,
     priority: int,
 ) -> Rollout:
-    """Play `task` once. Never raises for what the policy, the environment or the engine did: a fault of the
-    infrastructure comes back as a rollout whose outcome is `infra_fault` and whose `fault` says what broke.
-    Only `TaskError` goes through: the task is to be quarantined."""
+    """Play `task` once. Never raises for what the policy, the environment or the engine did: a
+    fault of the infrastructure comes back as a rollout whose outcome is `infra_fault` and whose
+    `fault` says what broke. Only `TaskError` goes through: the task is to be quarantined."""
     progress = _Progress()
     started = time.monotonic()
     session = f"{task.id}/{attempt}/{seed:x}"
     try:
         async with asyncio.timeout(limits.timeout_s):
-            rollout = await _play(env, task, attempt, generate, chat, limits, seed, priority, session, progress)
+            rollout = await _play(
+                env, task, attempt, generate, chat, limits, seed, priority, session, progress
+            )
     except TimeoutError:
         fault = f"timeout: {limits.timeout_s:g} s passed in {progress.phase}, turn {progress.turns}"
     except EngineLost as error:
         fault = f"{ENGINE_FAULT}: {error}"
     except TaskError:
         raise
-    except Exception as error:  # noqa: BLE001 the one boundary where a plugin's exception becomes data
+
+    except Exception as error:
         fault = f"{task.environment} raised in {progress.phase}: {type(error).__name__}: {error}"
     else:
         return replace(rollout, seconds={**rollout.seconds, "total": time.monotonic() - started})
     return Rollout(
-        task_id=task.id, environment=task.environment, environment_version=env.spec.version,
-        scenario=task.scenario, attempt=attempt, contexts=(), reward=0.0, success=False,
+        task_id=task.id,
+        environment=task.environment,
+        environment_version=env.spec.version,
+        scenario=task.scenario,
+        attempt=attempt,
+        contexts=(),
+        reward=0.0,
+        success=False,
         end_reason=EndReason.TIMEOUT if fault.startswith("timeout") else EndReason.ERROR,
-        outcome=Outcome.INFRA_FAULT, turns=progress.turns, fault=fault,
+        outcome=Outcome.INFRA_FAULT,
+        turns=progress.turns,
+        fault=fault,
         seconds={"total": time.monotonic() - started},
     )
 
 
 async def _play(
-    env: Env, task: Task, attempt: int, generate: Generate, chat: "ChatFormat", limits: EpisodeLimits,
-    seed: int, priority: int, session: str, progress: _Progress,
+    env: Env,
+    task: Task,
+    attempt: int,
+    generate: Generate,
+    chat: "ChatFormat",
+    limits: EpisodeLimits,
+    seed: int,
+    priority: int,
+    session: str,
+    progress: _Progress,
 ) -> Rollout:
     observation = await _timed(env.reset(task), progress, "reset")
     transcript = _Transcript(chat.open(observation.messages, observation.tools))
@@ -147,9 +168,14 @@ async def _play(
         before = time.monotonic()
         completion = await generate(
             GenerateRequest(
-                request_id=f"{session}/{progress.turns}", session=session, prompt_ids=prompt,
-                max_new_tokens=min(limits.max_new_tokens, room), stop_token_ids=chat.stop_token_ids,
-                temperature=limits.temperature, seed=_turn_seed(seed, progress.turns), priority=priority,
+                request_id=f"{session}/{progress.turns}",
+                session=session,
+                prompt_ids=prompt,
+                max_new_tokens=min(limits.max_new_tokens, room),
+                stop_token_ids=chat.stop_token_ids,
+                temperature=limits.temperature,
+                seed=_turn_seed(seed, progress.turns),
+                priority=priority,
             )
         )
         progress.generate_s += time.monotonic() - before
@@ -166,18 +192,26 @@ async def _play(
     if not np.isfinite(verdict.reward):
         raise ValueError(f"evaluate() gave reward {verdict.reward}, expected a finite number")
     return Rollout(
-        task_id=task.id, environment=task.environment, environment_version=env.spec.version,
-        scenario=task.scenario, attempt=attempt, contexts=(transcript.freeze(),),
-        reward=float(verdict.reward), success=bool(verdict.success),
-        reward_parts={k: float(v) for k, v in verdict.parts.items()}, end_reason=end_reason,
-        outcome=Outcome.POLICY_FAULT if policy_fault else Outcome.SCORED, turns=progress.turns,
+        task_id=task.id,
+        environment=task.environment,
+        environment_version=env.spec.version,
+        scenario=task.scenario,
+        attempt=attempt,
+        contexts=(transcript.freeze(),),
+        reward=float(verdict.reward),
+        success=bool(verdict.success),
+        reward_parts={k: float(v) for k, v in verdict.parts.items()},
+        end_reason=end_reason,
+        outcome=Outcome.POLICY_FAULT if policy_fault else Outcome.SCORED,
+        turns=progress.turns,
         seconds={"generate": progress.generate_s, "environment": progress.environment_s},
         tool_errors=dict(signals),
     )
 
 
 def _reply(step: Step, completion: Completion, chat: "ChatFormat") -> np.ndarray:
-    """The environment's reply as tokens; a turn cut off by its budget is closed by the template's own end."""
+    """The environment's reply as tokens; a turn cut off by its budget is closed by the template's
+    own end."""
     cut = completion.finish_reason is not FinishReason.STOP
     last = None if cut or not completion.token_ids.size else int(completion.token_ids[-1])
     return chat.extend(step.observation.messages, last)

@@ -1,4 +1,5 @@
-"""Rollout actor: one process, one engine, and the rule that it serves nobody before it holds the current weights."""
+"""Rollout actor: one process, one engine, and the rule that it serves nobody before it holds the
+current weights."""
 
 import os
 
@@ -17,7 +18,8 @@ from loopwright.configs.backends import load_backend
 
 
 class RolloutActor:
-    """Holds an engine. A fresh one (also after a restart) loads `start`, then `update`, and only then serves."""
+    """Holds an engine. A fresh one (also after a restart) loads `start`, then `update`, and only
+    then serves."""
 
     def __init__(self, engine: str, settings: EngineSettings) -> None:
         self._engine: Engine = load_backend("rollout.engine", engine)(settings)
@@ -32,7 +34,8 @@ class RolloutActor:
         return os.getpid()
 
     async def generate(self, request: GenerateRequest) -> Completion:
-        """Serve one turn. Raises `EngineLost` before the first `update`: a restarted process has no weights yet."""
+        """Serve one turn. Raises `EngineLost` before the first `update`: a restarted process has no
+        weights yet."""
         if not self._serving:
             raise EngineLost("restarted, and not yet given the current weights")
         return await self._engine.generate(request)

@@ -1,4 +1,5 @@
-"""Warm start actor: builds the tiny policy and clones demonstrations, in a process of its own, with progress."""
+"""Warm start actor: builds the tiny policy and clones demonstrations, in a process of its own, with
+progress."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,10 +25,14 @@ class WarmStarter:
         return str(build_tiny_policy(texts(demonstrations), folder, **shape))
 
     def clone(
-        self, demonstrations: Sequence[Demonstration], model_path: str, folder: str, options: dict[str, Any]
+        self,
+        demonstrations: Sequence[Demonstration],
+        model_path: str,
+        folder: str,
+        options: dict[str, Any],
     ) -> CloningReport:
-        """Clone into `folder`, written aside and renamed; `options` are steps, batch, lr and seed of
-        `cloning.clone`, whose report comes back."""
+        """Clone into `folder`, written aside and renamed; `options` are steps, batch, lr and seed
+        of `cloning.clone`, whose report comes back."""
         chat = ChatFormat.load(model_path)
         contexts = [tokenize(d, chat) for d in demonstrations]
         aside = Path(folder).with_name(Path(folder).name + ".partial")

@@ -1,7 +1,7 @@
 """Records that cross a process boundary: frozen, checked once, numpy leaves.
 
-`encode` and `decode` turn any of them into msgpack and back: arrays travel as raw bytes with dtype and shape,
-never as lists or pickles, under a schema version; unknown versions are refused.
+`encode` and `decode` turn any of them into msgpack and back: arrays travel as raw bytes with dtype
+and shape, never as lists or pickles, under a schema version; unknown versions are refused.
 """
 
 from collections.abc import Mapping
@@ -43,13 +43,19 @@ class Context:
 
     token_ids: np.ndarray  # [T] int32
     action_mask: np.ndarray  # [T] bool, True where the policy chose the token
-    behavior_logprobs: np.ndarray  # [T] float32, at the sampling temperature; 0 where the mask is False
+    # [T] float32, at the sampling temperature; 0 where the mask is False
+    behavior_logprobs: np.ndarray
     policy_versions: np.ndarray  # [T] int32; -1 where the mask is False
     turn_ids: np.ndarray  # [T] int16, turn that produced the token; -1 where the mask is False
 
     def __post_init__(self) -> None:
-        dtypes = {"token_ids": np.int32, "action_mask": np.bool_, "behavior_logprobs": np.float32,
-                  "policy_versions": np.int32, "turn_ids": np.int16}
+        dtypes = {
+            "token_ids": np.int32,
+            "action_mask": np.bool_,
+            "behavior_logprobs": np.float32,
+            "policy_versions": np.int32,
+            "turn_ids": np.int16,
+        }
         for name, dtype in dtypes.items():
             value = getattr(self, name)
             if value.dtype != dtype or value.shape != self.token_ids.shape or value.ndim != 1:
@@ -75,17 +81,21 @@ class Rollout:
     end_reason: EndReason
     outcome: Outcome
     turns: int
-    seconds: dict[str, float] = field(default_factory=dict)  # by phase: generate, environment, total
+    # by phase: generate, environment, total
+    seconds: dict[str, float] = field(default_factory=dict)
     tool_errors: dict[str, int] = field(default_factory=dict)  # category -> count
     fault: str = ""  # what broke, for infra faults
 
     def __post_init__(self) -> None:
         if self.outcome is not Outcome.INFRA_FAULT and not np.isfinite(self.reward):
-            raise RecordError(f"Rollout.reward of {self.task_id}: {self.reward}, expected a finite number")
+            raise RecordError(
+                f"Rollout.reward of {self.task_id}: {self.reward}, expected a finite number"
+            )
 
     @property
     def oldest_version(self) -> int:
-        """The oldest policy version that sampled one of the rollout's tokens; -1 if it sampled none."""
+        """The oldest policy version that sampled one of the rollout's tokens; -1 if it sampled
+        none."""
         versions = [c.policy_versions[c.action_mask] for c in self.contexts]
         return min((int(v.min()) for v in versions if v.size), default=-1)
 
@@ -97,7 +107,8 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """The rollouts of one task: the unit of baseline, admission and lag. Infra faults are not in it."""
+    """The rollouts of one task: the unit of baseline, admission and lag. Infra faults are not in
+    it."""
 
     ticket: int
     task_id: str
@@ -115,9 +126,9 @@ class Group:
 class TrainBatch:
     """What one step trains on: S sequences laid end to end, N tokens in all.
 
-    A sequence is one context instance. `rollout_ids` ties the instances of one rollout together, so that a
-    rollout counts once however many contexts it has. Dropped rollouts (no advantage) are not in it, but
-    `rollout_count` counts them: the constant the loss is divided by.
+    A sequence is one context instance. `rollout_ids` ties the instances of one rollout together, so
+    that a rollout counts once however many contexts it has. Dropped rollouts (no advantage) are not
+    in it, but `rollout_count` counts them: the constant the loss is divided by.
     """
 
     step: int
@@ -134,10 +145,14 @@ class TrainBatch:
         tokens, sequences = int(self.lengths.sum()), len(self.lengths)
         for name in ("token_ids", "action_mask", "behavior_logprobs", "turn_ids"):
             if getattr(self, name).shape != (tokens,):
-                raise RecordError(f"TrainBatch.{name}: {getattr(self, name).shape}, expected ({tokens},)")
+                raise RecordError(
+                    f"TrainBatch.{name}: {getattr(self, name).shape}, expected ({tokens},)"
+                )
         for name in ("rollout_ids", "advantages"):
             if getattr(self, name).shape != (sequences,):
-                raise RecordError(f"TrainBatch.{name}: {getattr(self, name).shape}, expected ({sequences},)")
+                raise RecordError(
+                    f"TrainBatch.{name}: {getattr(self, name).shape}, expected ({sequences},)"
+                )
 
 
 _RECORDS: dict[str, type] = {cls.__name__: cls for cls in (Context, Rollout, Group, TrainBatch)}
@@ -146,9 +161,16 @@ _ENUMS = {"end_reason": EndReason, "outcome": Outcome}
 
 def _pack(value: Any) -> Any:
     if isinstance(value, np.ndarray):
-        return {"__array__": value.dtype.str, "shape": list(value.shape), "data": np.ascontiguousarray(value).tobytes()}
+        return {
+            "__array__": value.dtype.str,
+            "shape": list(value.shape),
+            "data": np.ascontiguousarray(value).tobytes(),
+        }
     if type(value).__name__ in _RECORDS and isinstance(value, _RECORDS[type(value).__name__]):
-        return {"__record__": type(value).__name__, **{f.name: _pack(getattr(value, f.name)) for f in fields(value)}}
+        return {
+            "__record__": type(value).__name__,
+            **{f.name: _pack(getattr(value, f.name)) for f in fields(value)},
+        }
     if isinstance(value, StrEnum):
         return value.value
     if isinstance(value, np.generic):
@@ -166,7 +188,9 @@ def _unpack(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     if "__array__" in value:
-        return np.frombuffer(value["data"], dtype=np.dtype(value["__array__"])).reshape(value["shape"])
+        return np.frombuffer(value["data"], dtype=np.dtype(value["__array__"])).reshape(
+            value["shape"]
+        )
     name = value.pop("__record__", None)
     parts = {k: _unpack(v) for k, v in value.items()}
     if name is None:
@@ -182,7 +206,8 @@ def encode(record: Context | Rollout | Group | TrainBatch) -> bytes:
 
 
 def decode(data: bytes) -> Any:
-    """The record in `data`; arrays are read-only views on it. Raises `RecordError` if it is not one."""
+    """The record in `data`; arrays are read-only views on it. Raises `RecordError` if it is not
+    one."""
     try:
         frame = msgpack.unpackb(data)
     except (ValueError, msgpack.UnpackException) as error:

@@ -1,17 +1,17 @@
 """What an environment is: the protocol every world, adapter and plugin implements.
 
-An environment plays one live episode at a time, sees text only (never tokens), and grades from its own trusted
-state. The framework owns the loop:
+An environment plays one live episode at a time, sees text only (never tokens), and grades from its
+own trusted state. The framework owns the loop:
 
     observation = await env.reset(task)
     while turns are left:
-        step = await env.step(text the policy wrote)        # never raises for anything the policy wrote
-        if step.terminated: break
+        step = await env.step(text the policy wrote)        # never raises for anything the policy
+        wrote if step.terminated: break
     verdict = await env.evaluate()                          # also when a budget ran out
 
-Errors by boundary: what the *agent* did wrong comes back as an observation with a category in `signals`; an
-exception out of `reset`, `step` or `evaluate` is an *infrastructure fault*: retried, never scored as 0.
-`TaskError` quarantines the task.
+Errors by boundary: what the *agent* did wrong comes back as an observation with a category in
+`signals`; an exception out of `reset`, `step` or `evaluate` is an *infrastructure fault*: retried,
+never scored as 0. `TaskError` quarantines the task.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +31,8 @@ class TaskError(EnvError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One problem with a seed. `id` is unique within the environment; the seed is its only randomness."""
+    """One problem with a seed. `id` is unique within the environment; the seed is its only
+    randomness."""
 
     environment: str
     id: str
@@ -62,7 +63,8 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
-    """New messages for the policy, append-only; tool schemas (OpenAI style) come with the first one."""
+    """New messages for the policy, append-only; tool schemas (OpenAI style) come with the first
+    one."""
 
     messages: Sequence[Message]
     tools: Sequence[Mapping[str, Any]] = ()
@@ -70,7 +72,8 @@ class Observation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """What one action did. `signals` counts things worth a metric: `tool_error/unknown_api`, `policy_fault/parse`."""
+    """What one action did. `signals` counts things worth a metric: `tool_error/unknown_api`,
+    `policy_fault/parse`."""
 
     observation: Observation
     terminated: bool = False
@@ -79,7 +82,8 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """The grade: `reward` (finite, usually 0 … 1), its named parts, and whether the task is solved entirely."""
+    """The grade: `reward` (finite, usually 0 … 1), its named parts, and whether the task is solved
+    entirely."""
 
     reward: float
     success: bool
@@ -100,7 +104,8 @@ class EnvSpec:
 
 @runtime_checkable
 class Env(Protocol):
-    """One live episode. Instances are reused: `reset` starts over, whatever state the last episode left."""
+    """One live episode. Instances are reused: `reset` starts over, whatever state the last episode
+    left."""
 
     spec: EnvSpec
 
@@ -109,7 +114,8 @@ class Env(Protocol):
         ...
 
     async def step(self, action: str) -> Step:
-        """Take the policy's whole turn as text. Total: any text gives a step, never an exception."""
+        """Take the policy's whole turn as text. Total: any text gives a step, never an
+        exception."""
         ...
 
     async def evaluate(self) -> Verdict:
@@ -117,7 +123,8 @@ class Env(Protocol):
         ...
 
     def oracle(self) -> Iterator[str]:
-        """Actions that solve the task just reset, one at a time, drawn between steps; empty if it has no oracle."""
+        """Actions that solve the task just reset, one at a time, drawn between steps; empty if it
+        has no oracle."""
         ...
 
     async def close(self) -> None:

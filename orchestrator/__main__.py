@@ -1,4 +1,5 @@
-"""`python -m orchestrator …` from a checkout, and what `ray job submit` runs: the same as `loopwright …`."""
+"""`python -m orchestrator …` from a checkout, and what `ray job submit` runs: the same as
+`loopwright …`."""
 
 from loopwright.orchestrator.cli import main
 

@@ -41,12 +41,16 @@ def open_cluster(config: Config) -> Cluster:
     """The cluster the configuration names, or a new one."""
     c = config.cluster
     return connect(
-        c.address, cpus=c.cpus, object_store_bytes=c.object_store_bytes, needed_cpus=needed_cpus(config)
+        c.address,
+        cpus=c.cpus,
+        object_store_bytes=c.object_store_bytes,
+        needed_cpus=needed_cpus(config),
     )
 
 
 def build_environment(config: Config) -> Env:
-    """An environment in this process: the controller draws tasks from it and asks it for budgets."""
+    """An environment in this process: the controller draws tasks from it and asks it for
+    budgets."""
     return registry.load(config.environment.name, config.environment.options)
 
 
@@ -56,60 +60,93 @@ def episode_limits(config: Config, env: Env, *, evaluation: bool) -> EpisodeLimi
     training_turns = e.max_turns or env.spec.max_turns
     return EpisodeLimits(
         max_turns=(config.evaluation.max_turns or training_turns) if evaluation else training_turns,
-        max_new_tokens=e.max_new_tokens, max_context=e.max_context, timeout_s=e.episode_timeout_s,
+        max_new_tokens=e.max_new_tokens,
+        max_context=e.max_context,
+        timeout_s=e.episode_timeout_s,
         temperature=config.evaluation.temperature if evaluation else config.rollout.temperature,
     )
 
 
 def spawn(cluster: Cluster, config: Config, model_path: str, recorder: Recorder) -> Actors:
-    """Start trainer, rollout actors and environment workers side by side; none of them has answered yet."""
+    """Start trainer, rollout actors and environment workers side by side; none of them has answered
+    yet."""
     restarts = RestartBudget(config.run.max_restarts)
     trainer = cluster.spawn(
-        "trainer", "loopwright.actors.trainer:Trainer", (trainer_settings(config, model_path), config.run.name),
+        "trainer",
+        "loopwright.actors.trainer:Trainer",
+        (trainer_settings(config, model_path), config.run.name),
         Placement(cpus=config.trainer.threads, gpus=_gpus(config), threads=config.trainer.threads),
     )
-    engines = [_spawn_engine(cluster, config, model_path, i, trainer) for i in range(config.rollout.engines)]
+    engines = [
+        _spawn_engine(cluster, config, model_path, i, trainer)
+        for i in range(config.rollout.engines)
+    ]
     settings = WorkerSettings(
-        environment=config.environment.name, options=config.environment.options, tokenizer_path=model_path
+        environment=config.environment.name,
+        options=config.environment.options,
+        tokenizer_path=model_path,
     )
     workers = [
         cluster.spawn(
-            f"environment worker {i}", "loopwright.actors.env_worker:EnvWorker", (settings,),
+            f"environment worker {i}",
+            "loopwright.actors.env_worker:EnvWorker",
+            (settings,),
             Placement(cpus=_WORKER_CPUS),
         )
         for i in range(config.environment.workers)
     ]
     c = config.cluster
     pool = Pool(
-        engines, workers,
+        engines,
+        workers,
         deadlines=Deadlines(
-            start_s=c.start_timeout_s, publish_s=c.publish_timeout_s, ping_every_s=c.ping_every_s,
+            start_s=c.start_timeout_s,
+            publish_s=c.publish_timeout_s,
+            ping_every_s=c.ping_every_s,
             hang_s=c.hang_timeout_s,
         ),
         faults=FaultLimits(
             retries=config.environment.retries, infra_fault_share=config.run.infra_fault_limit
         ),
-        restarts=restarts, on_update=config.rollout.on_update, event=recorder.event,
+        restarts=restarts,
+        on_update=config.rollout.on_update,
+        event=recorder.event,
     )
     training = Training(
-        trainer, initial=model_path, start_s=c.start_timeout_s, step_s=c.step_timeout_s, restarts=restarts,
+        trainer,
+        initial=model_path,
+        start_s=c.start_timeout_s,
+        step_s=c.step_timeout_s,
+        restarts=restarts,
         event=recorder.event,
     )
     return Actors(pool=pool, training=training)
 
 
-def _spawn_engine(cluster: Cluster, config: Config, model_path: str, index: int, trainer: Actor) -> Actor:
+def _spawn_engine(
+    cluster: Cluster, config: Config, model_path: str, index: int, trainer: Actor
+) -> Actor:
     r = config.rollout
     settings = EngineSettings(
-        model_path=model_path, dtype=config.model.dtype, device=config.model.device,
-        max_concurrency=r.concurrency, max_context=config.environment.max_context, kv_bytes=r.kv_bytes,
-        threads=r.threads, options=r.options,
+        model_path=model_path,
+        dtype=config.model.dtype,
+        device=config.model.device,
+        max_concurrency=r.concurrency,
+        max_context=config.environment.max_context,
+        kv_bytes=r.kv_bytes,
+        threads=r.threads,
+        options=r.options,
     )
     on_cpu = r.engine == "vllm" and config.model.device == "cpu"
     return cluster.spawn(
-        f"rollout {index}", "loopwright.actors.rollout:RolloutActor", (r.engine, settings),
+        f"rollout {index}",
+        "loopwright.actors.rollout:RolloutActor",
+        (r.engine, settings),
         Placement(
-            cpus=r.threads, gpus=_gpus(config), threads=r.threads, same_node_as=trainer,
+            cpus=r.threads,
+            gpus=_gpus(config),
+            threads=r.threads,
+            same_node_as=trainer,
             environment=VLLM_CPU_ENVIRONMENT if on_cpu else {},
         ),
     )
@@ -122,18 +159,48 @@ def _gpus(config: Config) -> float:
 def trainer_settings(config: Config, model_path: str) -> Any:
     """The trainer's plain values, from the tables [model], [algorithm] and [trainer]."""
     from loopwright.actors.torch_backend import LossSettings, TrainerSettings
+
     a, t, m = config.algorithm, config.trainer, config.model
-    loss: dict[str, Any] = {name: getattr(a, name) for name in (
-        "loss", "level", "clip_form", "clip", "dual_clip", "mismatch", "mismatch_cap", "mismatch_low",
-        "aggregation", "aipo_rho", "aipo_grad",
-    )}
+    loss: dict[str, Any] = {
+        name: getattr(a, name)
+        for name in (
+            "loss",
+            "level",
+            "clip_form",
+            "clip",
+            "dual_clip",
+            "mismatch",
+            "mismatch_cap",
+            "mismatch_low",
+            "aggregation",
+            "aipo_rho",
+            "aipo_grad",
+        )
+    }
     return TrainerSettings(
-        model_path=model_path, dtype=m.dtype, device=m.device, seed=config.run.seed, total_steps=config.run.steps,
-        temperature=config.rollout.temperature, proximal=a.proximal, loss=LossSettings(**loss),
-        lora_rank=m.lora_rank, lora_alpha=m.lora_alpha, lora_targets=m.lora_targets,
-        threads=t.threads, lr=t.lr, betas=t.betas, eps=t.eps, weight_decay=t.weight_decay, grad_clip=t.grad_clip,
-        schedule=t.schedule, warmup_steps=t.warmup_steps, epochs=t.epochs, minibatches=t.minibatches,
-        token_budget=t.token_budget, gradient_checkpointing=t.gradient_checkpointing,
+        model_path=model_path,
+        dtype=m.dtype,
+        device=m.device,
+        seed=config.run.seed,
+        total_steps=config.run.steps,
+        temperature=config.rollout.temperature,
+        proximal=a.proximal,
+        loss=LossSettings(**loss),
+        lora_rank=m.lora_rank,
+        lora_alpha=m.lora_alpha,
+        lora_targets=m.lora_targets,
+        threads=t.threads,
+        lr=t.lr,
+        betas=t.betas,
+        eps=t.eps,
+        weight_decay=t.weight_decay,
+        grad_clip=t.grad_clip,
+        schedule=t.schedule,
+        warmup_steps=t.warmup_steps,
+        epochs=t.epochs,
+        minibatches=t.minibatches,
+        token_budget=t.token_budget,
+        gradient_checkpointing=t.gradient_checkpointing,
         logprob_chunk=t.logprob_chunk,
     )
 

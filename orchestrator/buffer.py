@@ -1,9 +1,10 @@
 """The group buffer: tickets in admission order, and with them the bound on policy lag.
 
-Ticket t belongs to step t // P (P = groups per step), which trains with version t // P and produces the next one.
-A ticket is admitted only while t < (version + max_lag + 1) * P, so whatever its episodes sample, they sample from
-version t // P - max_lag or later: the lag cannot exceed `max_lag`. Steps take tickets in admission order, and
-`release` follows the publish of the new version. Nothing here knows actors, Ray, or what a group is made of.
+Ticket t belongs to step t // P (P = groups per step), which trains with version t // P and produces
+the next one. A ticket is admitted only while t < (version + max_lag + 1) * P, so whatever its
+episodes sample, they sample from version t // P - max_lag or later: the lag cannot exceed
+`max_lag`. Steps take tickets in admission order, and `release` follows the publish of the new
+version. Nothing here knows actors, Ray, or what a group is made of.
 """
 
 import asyncio
@@ -21,7 +22,9 @@ class GroupBuffer:
 
     def __init__(self, *, groups_per_step: int, max_lag: int, version: int = 0) -> None:
         if groups_per_step < 1 or max_lag < 0:
-            raise ValueError(f"groups_per_step {groups_per_step} ≥ 1 and max_lag {max_lag} ≥ 0 expected")
+            raise ValueError(
+                f"groups_per_step {groups_per_step} ≥ 1 and max_lag {max_lag} ≥ 0 expected"
+            )
         self.groups_per_step = groups_per_step
         self.max_lag = max_lag
         self.version = version
@@ -90,7 +93,9 @@ class GroupBuffer:
         return self._next_ticket < (self.version + self.max_lag + 1) * self.groups_per_step
 
     def _assert_lag(self, group: Group) -> None:
-        oldest = min((r.oldest_version for r in group.rollouts if r.oldest_version >= 0), default=None)
+        oldest = min(
+            (r.oldest_version for r in group.rollouts if r.oldest_version >= 0), default=None
+        )
         if oldest is not None and self.version - oldest > self.max_lag:
             raise LagExceeded(
                 f"group {group.ticket} ({group.task_id}) holds tokens of version {oldest}, trained at "

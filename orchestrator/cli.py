@@ -1,7 +1,7 @@
 """The command line: `loopwright train | eval | warmstart | config | envs | doctor`.
 
-Exit codes: 0 done · 1 the run failed, the reason is the last line on stderr · 2 refused before anything was started
-· 3 stopped on request with a checkpoint, `--resume` goes on.
+Exit codes: 0 done · 1 the run failed, the reason is the last line on stderr · 2 refused before
+anything was started · 3 stopped on request with a checkpoint, `--resume` goes on.
 """
 
 import argparse
@@ -34,13 +34,19 @@ Writes a Hugging Face folder to run.dir/run.name/warm_start."""
 
 
 def _configured(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="a .toml file, or the name of a shipped preset")
+    parser.add_argument(
+        "config", metavar="CONFIG", help="a .toml file, or the name of a shipped preset"
+    )
     _settable(parser)
 
 
 def _settable(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="A.B=VALUE",
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="A.B=VALUE",
         help="override one key (repeatable); the value is read as TOML, else as text",
     )
 
@@ -48,16 +54,28 @@ def _settable(parser: argparse.ArgumentParser) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """All commands with their help."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="loopwright", description=_ABOUT, epilog=_EXIT, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        prog="loopwright", description=_ABOUT, epilog=_EXIT, formatter_class=raw
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train a policy", description=_TRAIN, epilog=_EXIT, formatter_class=raw)
+    train = commands.add_parser(
+        "train", help="train a policy", description=_TRAIN, epilog=_EXIT, formatter_class=raw
+    )
     _configured(train)
-    train.add_argument("--resume", action="store_true", help="go on with the run in run.dir/run.name")
+    train.add_argument(
+        "--resume", action="store_true", help="go on with the run in run.dir/run.name"
+    )
 
-    evaluate = commands.add_parser("eval", help="success on held-out tasks", description=_EVAL, formatter_class=raw)
-    evaluate.add_argument("target", metavar="RUN_OR_MODEL", help="a run's folder, a model folder, or a hub id")
-    evaluate.add_argument("--config", default="", help="configuration; a run's own is used for a run")
+    evaluate = commands.add_parser(
+        "eval", help="success on held-out tasks", description=_EVAL, formatter_class=raw
+    )
+    evaluate.add_argument(
+        "target", metavar="RUN_OR_MODEL", help="a run's folder, a model folder, or a hub id"
+    )
+    evaluate.add_argument(
+        "--config", default="", help="configuration; a run's own is used for a run"
+    )
     _settable(evaluate)
 
     warm = commands.add_parser(
@@ -71,9 +89,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     from loopwright.orchestrator import envs_command
 
-    envs_command.add_arguments(commands.add_parser(
-        "envs", help="list, describe and play environments", description=envs_command.ABOUT, formatter_class=raw
-    ))
+    envs_command.add_arguments(
+        commands.add_parser(
+            "envs",
+            help="list, describe and play environments",
+            description=envs_command.ABOUT,
+            formatter_class=raw,
+        )
+    )
     commands.add_parser("doctor", help="what is installed and what works on this machine")
     return parser
 
@@ -156,6 +179,10 @@ def _doctor(_: argparse.Namespace) -> int:
 
 
 _COMMANDS = {
-    "train": _train, "eval": _evaluate, "warmstart": _warm_start, "config": _config, "envs": _envs,
+    "train": _train,
+    "eval": _evaluate,
+    "warmstart": _warm_start,
+    "config": _config,
+    "envs": _envs,
     "doctor": _doctor,
 }

@@ -1,7 +1,9 @@
-"""The one module that imports Ray: placing actors, calling them with a deadline, killing and counting them.
+"""The one module that imports Ray: placing actors, calling them with a deadline, killing and
+counting them.
 
-`RayCluster` and `InProcess` offer the same four verbs (`spawn`, `client`, `shutdown`, and `Actor.call`), so the
-same loop runs on a cluster and, with `cluster.address = "none"`, inside one process.
+`RayCluster` and `InProcess` offer the same four verbs (`spawn`, `client`, `shutdown`, and
+`Actor.call`), so the same loop runs on a cluster and, with `cluster.address = "none"`, inside one
+process.
 """
 
 import asyncio
@@ -20,8 +22,11 @@ from loopwright.actors.engine import Completion, GenerateRequest
 from loopwright.actors.episode import EngineLost, Generate
 from loopwright.orchestrator.faults import ActorLost, DeadlinePassed, RunError
 
-ROOT = str(Path(loopwright.__path__[0]).parent if Path(loopwright.__path__[0]).name == "loopwright"
-           else Path(loopwright.__path__[0]))
+ROOT = str(
+    Path(loopwright.__path__[0]).parent
+    if Path(loopwright.__path__[0]).name == "loopwright"
+    else Path(loopwright.__path__[0])
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +46,8 @@ class Actor(Protocol):
     name: str
 
     async def call(self, method: str, *args: Any, timeout_s: float, waiting_for: str) -> Any:
-        """Call a method. Raises `ActorLost`, `DeadlinePassed` (naming `waiting_for`), or what the method raised."""
+        """Call a method. Raises `ActorLost`, `DeadlinePassed` (naming `waiting_for`), or what the
+        method raised."""
         ...
 
     async def restart(self) -> None:
@@ -49,7 +55,8 @@ class Actor(Protocol):
         ...
 
     def generate_client(self) -> Generate:
-        """A picklable callable that asks this rollout actor for a turn; raises `EngineLost` when it is gone."""
+        """A picklable callable that asks this rollout actor for a turn; raises `EngineLost` when it
+        is gone."""
         ...
 
 
@@ -74,7 +81,8 @@ def _load(target: str) -> Callable[..., Any]:
 
 
 class InProcessActor:
-    """An actor without a process: the same object, called directly. Blocking methods run on a thread."""
+    """An actor without a process: the same object, called directly. Blocking methods run on a
+    thread."""
 
     def __init__(self, name: str, build: Callable[[], Any]) -> None:
         self.name = name
@@ -84,11 +92,15 @@ class InProcessActor:
     async def call(self, method: str, *args: Any, timeout_s: float, waiting_for: str) -> Any:
         """As `Actor.call`; nothing can be lost here."""
         bound = getattr(self._object, method)
-        work = bound(*args) if asyncio.iscoroutinefunction(bound) else asyncio.to_thread(bound, *args)
+        work = (
+            bound(*args) if asyncio.iscoroutinefunction(bound) else asyncio.to_thread(bound, *args)
+        )
         try:
             return await asyncio.wait_for(work, timeout_s)
         except TimeoutError:
-            raise DeadlinePassed(f"{self.name}: {waiting_for}: no answer within {timeout_s:g} s") from None
+            raise DeadlinePassed(
+                f"{self.name}: {waiting_for}: no answer within {timeout_s:g} s"
+            ) from None
 
     async def restart(self) -> None:
         """A fresh object."""
@@ -125,7 +137,8 @@ class RayGenerate:
     name: str
 
     async def __call__(self, request: GenerateRequest) -> Completion:
-        """One completion. Raises `EngineLost` when the actor's process is gone or not yet serving."""
+        """One completion. Raises `EngineLost` when the actor's process is gone or not yet
+        serving."""
         import ray
 
         try:
@@ -138,7 +151,8 @@ class RayGenerate:
 
 
 class RayActor:
-    """A Ray actor and the rules for talking to it: a deadline on each call, a method never run twice."""
+    """A Ray actor and the rules for talking to it: a deadline on each call, a method never run
+    twice."""
 
     def __init__(self, name: str, handle: Any) -> None:
         self.name = name
@@ -151,9 +165,13 @@ class RayActor:
         try:
             return await asyncio.wait_for(getattr(self.handle, method).remote(*args), timeout_s)
         except TimeoutError:
-            raise DeadlinePassed(f"{self.name}: {waiting_for}: no answer within {timeout_s:g} s") from None
+            raise DeadlinePassed(
+                f"{self.name}: {waiting_for}: no answer within {timeout_s:g} s"
+            ) from None
         except ray.exceptions.ActorDiedError as error:
-            raise ActorLost(f"{self.name}: died for good during {waiting_for}: {_last_line(error)}") from None
+            raise ActorLost(
+                f"{self.name}: died for good during {waiting_for}: {_last_line(error)}"
+            ) from None
         except ray.exceptions.RayActorError as error:
             raise ActorLost(f"{self.name}: {type(error).__name__} during {waiting_for}") from None
         except ray.exceptions.RayTaskError as error:
@@ -182,7 +200,9 @@ def _last_line(error: Exception) -> str:
 class RayCluster:
     """A Ray cluster that was found, or one started for this run only."""
 
-    def __init__(self, address: str, *, cpus: int, object_store_bytes: int, needed_cpus: float) -> None:
+    def __init__(
+        self, address: str, *, cpus: int, object_store_bytes: int, needed_cpus: float
+    ) -> None:
         import ray
 
         # A driver that warns about its own worker logs hides the one line that matters.
@@ -197,9 +217,12 @@ class RayCluster:
             else:
                 self._owned = True
                 ray.init(
-                    address="local", num_cpus=max(cpus or os.cpu_count() or 1, int(needed_cpus + 0.999)),
-                    object_store_memory=object_store_bytes, include_dashboard=False,
-                    log_to_driver=False, logging_level=logging.WARNING,
+                    address="local",
+                    num_cpus=max(cpus or os.cpu_count() or 1, int(needed_cpus + 0.999)),
+                    object_store_memory=object_store_bytes,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.WARNING,
                 )
         else:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
@@ -218,18 +241,27 @@ class RayCluster:
             )
 
     def spawn(self, name: str, target: str, args: tuple[Any, ...], placement: Placement) -> Actor:
-        """As `Cluster.spawn`. Ray restarts a lost process by itself; the supervisor counts how often."""
+        """As `Cluster.spawn`. Ray restarts a lost process by itself; the supervisor counts how
+        often."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         variables = {
-            "OMP_NUM_THREADS": str(placement.threads), "MKL_NUM_THREADS": str(placement.threads),
-            "TOKENIZERS_PARALLELISM": "false", **placement.environment,
+            "OMP_NUM_THREADS": str(placement.threads),
+            "MKL_NUM_THREADS": str(placement.threads),
+            "TOKENIZERS_PARALLELISM": "false",
+            **placement.environment,
         }
-        if self._owned:  # elsewhere the job's working directory or the cluster's image provides the package
-            variables["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
+        # elsewhere the job's working directory or the cluster's image provides the package
+        if self._owned:
+            variables["PYTHONPATH"] = os.pathsep.join(
+                [ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
+            )
         options: dict[str, Any] = {
-            "num_cpus": placement.cpus, "num_gpus": placement.gpus, "max_restarts": -1, "max_task_retries": 0,
+            "num_cpus": placement.cpus,
+            "num_gpus": placement.gpus,
+            "max_restarts": -1,
+            "max_task_retries": 0,
             "runtime_env": {"env_vars": variables},
         }
         near = placement.same_node_as
@@ -265,7 +297,8 @@ def _is_asynchronous(cls: Callable[..., Any]) -> bool:
 
 
 def _running_address() -> str | None:
-    """The address of a cluster this process belongs to: a submitted job's, or the one RAY_ADDRESS names."""
+    """The address of a cluster this process belongs to: a submitted job's, or the one RAY_ADDRESS
+    names."""
     return os.environ.get("RAY_ADDRESS")
 
 
@@ -289,7 +322,8 @@ def connect(address: str, *, cpus: int, object_store_bytes: int, needed_cpus: fl
 
 
 async def first_exception(*work: Awaitable[Any]) -> list[Any]:
-    """Run side by side; the first failure cancels the rest and is raised as itself, not as a group."""
+    """Run side by side; the first failure cancels the rest and is raised as itself, not as a
+    group."""
     tasks = [asyncio.ensure_future(w) for w in work]
     try:
         return list(await asyncio.gather(*tasks))

@@ -1,4 +1,5 @@
-"""`loopwright envs`: list, describe, check, and play an environment by hand or let its oracle play."""
+"""`loopwright envs`: list, describe, check, and play an environment by hand or let its oracle
+play."""
 
 import argparse
 import asyncio
@@ -35,11 +36,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action = actions.add_parser(name, help=help_text)
         action.add_argument("name", metavar="NAME", help="environment")
         action.add_argument(
-            "--option", action="append", default=[], metavar="KEY=VALUE",
+            "--option",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
             help="an option of the environment (repeatable), e.g. style=full",
         )
-        action.add_argument("--split", default="test", choices=("train", "test"), help="default: test")
-        action.add_argument("--task", type=int, default=0, metavar="N", help="which task of the split, from 0")
+        action.add_argument(
+            "--split", default="test", choices=("train", "test"), help="default: test"
+        )
+        action.add_argument(
+            "--task", type=int, default=0, metavar="N", help="which task of the split, from 0"
+        )
         action.add_argument("--seed", type=int, default=0, help="seed of the stream of tasks")
         if name == "play":
             action.add_argument("--oracle", action="store_true", help="let the oracle play")
@@ -48,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     """Run the action; its exit code."""
     if arguments.action == "list":
-        for name, description in registry.list_environments().items():
-            print(f"{name:20} {description}")
+        for listing in registry.list_environments():
+            print(f"{listing.name:20} {listing.target}  ({listing.origin})")
         return 0
     options = _options(arguments.option)
     if arguments.action == "check":
@@ -79,16 +87,22 @@ def _options(texts: Iterable[str]) -> dict[str, Any]:
 def _task(env: Env, arguments: argparse.Namespace) -> Task:
     if not isinstance(env, TaskSource):
         raise RunError(f"{arguments.name} has no tasks(split, seed)")
-    found = list(islice(env.tasks(arguments.split, arguments.seed), arguments.task, arguments.task + 1))
+    found = list(
+        islice(env.tasks(arguments.split, arguments.seed), arguments.task, arguments.task + 1)
+    )
     if not found:
-        raise RunError(f"{arguments.name}: the {arguments.split} split has fewer than {arguments.task + 1} tasks")
+        raise RunError(
+            f"{arguments.name}: the {arguments.split} split has fewer than {arguments.task + 1} tasks"
+        )
     return found[0]
 
 
 async def _describe(env: Env, task: Task) -> None:
     spec = env.spec
     print(f"{spec.name} {spec.version}\n{spec.description}")
-    print(f"budget: {spec.max_turns} turns · deterministic: {spec.deterministic} · license: {spec.license}")
+    print(
+        f"budget: {spec.max_turns} turns · deterministic: {spec.deterministic} · license: {spec.license}"
+    )
     print(f"\ntask {task.id} (scenario {task.scenario}, difficulty {task.difficulty}):")
     observation = await env.reset(task)
     _show(observation.messages)
@@ -134,7 +148,9 @@ def _show(messages: Iterable[Message]) -> None:
 
 
 def _grade(verdict: Verdict, turns: int) -> None:
-    print(f"\nreward {verdict.reward:.3f} after {turns} turns: {'solved' if verdict.success else 'not solved'}")
+    print(
+        f"\nreward {verdict.reward:.3f} after {turns} turns: {'solved' if verdict.success else 'not solved'}"
+    )
     for name, value in verdict.parts.items():
         print(f"  {value:6.3f}  {name}")
 
@@ -145,5 +161,3 @@ def _check(name: str, options: dict[str, Any]) -> int:
         print(finding)
     print(f"{name}: {'conforms' if not findings else f'{len(findings)} findings'}")
     return 1 if findings else 0
-
-

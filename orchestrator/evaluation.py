@@ -1,4 +1,5 @@
-"""Success on held-out tasks: always the same ones, each played once, all at the version of one moment."""
+"""Success on held-out tasks: always the same ones, each played once, all at the version of one
+moment."""
 
 import asyncio
 from collections import defaultdict
@@ -14,12 +15,19 @@ _FIRST = -1_000_000  # evaluation goes before any ticket: the loop waits for it
 
 
 async def evaluate(
-    pool: Pool, tasks: list[Task], limits: EpisodeLimits, *, seed: int, timeout_s: float,
+    pool: Pool,
+    tasks: list[Task],
+    limits: EpisodeLimits,
+    *,
+    seed: int,
+    timeout_s: float,
     progress: Callable[[int, int], None],
 ) -> dict[str, float]:
-    """Play `tasks`; metrics `eval/…`: success (TGC, 0–1), scenario success (SGC), reward, turns, faults.
+    """Play `tasks`; metrics `eval/…`: success (TGC, 0–1), scenario success (SGC), reward, turns,
+    faults.
 
-    Tasks whose environment failed for good are left out of the means and counted; all of them failing is an error.
+    Tasks whose environment failed for good are left out of the means and counted; all of them
+    failing is an error.
     """
     done: list[Rollout] = []
 
@@ -40,7 +48,9 @@ async def evaluate(
         ) from None
     scored = [r for r in done if r.outcome is not Outcome.INFRA_FAULT]
     if not scored:
-        raise RunError(f"evaluation: all {len(done)} episodes were infra faults; the last one: {done[-1].fault}")
+        raise RunError(
+            f"evaluation: all {len(done)} episodes were infra faults; the last one: {done[-1].fault}"
+        )
     return summarise(scored, faults=len(done) - len(scored))
 
 

@@ -1,8 +1,8 @@
 """What can go wrong on the way to an actor, and how a run ends.
 
-    RunError                 the run ends, the text is the last line of its log
-      ActorLost              the process died or its node did; the supervisor restarts it
-      DeadlinePassed         nothing came back in time; the text says who was to answer and what
+RunError                 the run ends, the text is the last line of its log
+  ActorLost              the process died or its node did; the supervisor restarts it
+  DeadlinePassed         nothing came back in time; the text says who was to answer and what
 """
 
 

@@ -1,11 +1,12 @@
 """The ledger: what was drawn, played, trained and published, so that nothing paid for is lost.
 
-Append-only msgpack frames, each `length u32 | crc32 of payload | crc32 of both | payload`, in `ledger/*.frames`. One writer, the controller.
-A rollout is written when it arrives; the file is fsynced before its group counts as finished. Opening cuts a torn
-tail (the process died while writing) and says so; damage before the end is refused with its offset.
+Append-only msgpack frames, each `length u32 | crc32 of payload | crc32 of both | payload`, in
+`ledger/*.frames`. One writer, the controller. A rollout is written when it arrives; the file is
+fsynced before its group counts as finished. Opening cuts a torn tail (the process died while
+writing) and says so; damage before the end is refused with its offset.
 
-Ticket order makes recovery simple: step s trains tickets [(s-1)·P, s·P), so the rollouts on record are all that is
-needed to train any step again, bit for bit where the arithmetic is deterministic.
+Ticket order makes recovery simple: step s trains tickets [(s-1)·P, s·P), so the rollouts on record
+are all that is needed to train any step again, bit for bit where the arithmetic is deterministic.
 """
 
 import os
@@ -36,7 +37,8 @@ class LedgerState:
     """What a ledger says, read from the start."""
 
     rollouts: dict[int, dict[int, bytes]] = field(default_factory=lambda: defaultdict(dict))
-    trained: dict[int, list[tuple[int, int]]] = field(default_factory=dict)  # step -> (ticket, attempt) in it
+    # step -> (ticket, attempt) in it
+    trained: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     checksums: dict[int, int] = field(default_factory=dict)  # version -> checksum of all weights
     voids: dict[int, str] = field(default_factory=dict)  # ticket -> why no group came of it
     checkpoints: list[int] = field(default_factory=list)
@@ -44,7 +46,8 @@ class LedgerState:
 
 
 def read_frames(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(offset, record) of each whole frame. Stops at a torn tail; raises `LedgerError` at damage before it."""
+    """(offset, record) of each whole frame. Stops at a torn tail; raises `LedgerError` at damage
+    before it."""
     data = path.read_bytes()
     offset = 0
     while offset + _HEADER.size <= len(data):
@@ -105,7 +108,8 @@ class Ledger:
         self._sync()
 
     def forget_before(self, step: int, groups_per_step: int) -> None:
-        """Free the memory of rollouts that no recovery from `step` can need; the file keeps them."""
+        """Free the memory of rollouts that no recovery from `step` can need; the file keeps
+        them."""
         for ticket in [t for t in self.state.rollouts if t < step * groups_per_step]:
             del self.state.rollouts[ticket]
 

@@ -8,9 +8,10 @@
                                   └─────┼──┼──── pool.publish ◀──┘
                       admits tickets ◀──┘  └── releases them
 
-Who unblocks whom: `sample` waits in `admit` for a ticket, which `release` frees; `train` waits in `take` for the
-oldest groups, which `sample` fulfils; `release` follows `publish`, so whatever a ticket samples is at most
-`max_lag` versions old when it is trained on (buffer.py). Synchronous training is `max_lag = 0`, the same code.
+Who unblocks whom: `sample` waits in `admit` for a ticket, which `release` frees; `train` waits in
+`take` for the oldest groups, which `sample` fulfils; `release` follows `publish`, so whatever a
+ticket samples is at most `max_lag` versions old when it is trained on (buffer.py). Synchronous
+training is `max_lag = 0`, the same code.
 """
 
 import asyncio
@@ -19,7 +20,8 @@ from loopwright.orchestrator.parts import Parts
 
 
 async def train(run: Parts) -> None:
-    """Train to the last step, or until asked to stop. Raises what made the run impossible, as a group."""
+    """Train to the last step, or until asked to stop. Raises what made the run impossible, as a
+    group."""
     async with asyncio.TaskGroup() as tasks:
         background = [tasks.create_task(sample(run)) for _ in range(run.samplers)]
         background.append(tasks.create_task(run.pool.watch()))

@@ -1,4 +1,5 @@
-"""`loopwright eval` and `loopwright warmstart`: parts of a run on their own, with the same actors."""
+"""`loopwright eval` and `loopwright warmstart`: parts of a run on their own, with the same
+actors."""
 
 import asyncio
 import contextlib
@@ -18,12 +19,15 @@ from loopwright.orchestrator.tasks import TaskStream
 
 
 async def evaluate_target(target: str, config_path: str, overrides: Sequence[str]) -> str:
-    """Play the held-out tasks with a run's newest checkpoint or with a model; a table of what was solved."""
+    """Play the held-out tasks with a run's newest checkpoint or with a model; a table of what was
+    solved."""
     loaded, model = _target(target, config_path, overrides)
     config = loaded.config
     assembly.check_model(model)
     env = assembly.build_environment(config)
-    tasks = TaskStream(warm_start.source_of(env), "test", config.evaluation.seed).first(config.evaluation.tasks)
+    tasks = TaskStream(warm_start.source_of(env), "test", config.evaluation.seed).first(
+        config.evaluation.tasks
+    )
     with (
         tempfile.TemporaryDirectory() as scratch,
         contextlib.closing(run_trackers(config, Path(scratch))) as trackers,
@@ -36,8 +40,11 @@ async def evaluate_target(target: str, config_path: str, overrides: Sequence[str
             await actors.training.start(None)
             await actors.pool.start(await actors.training.publish(0))
             metrics = await evaluate(
-                actors.pool, tasks, assembly.episode_limits(config, env, evaluation=True),
-                seed=config.evaluation.seed, timeout_s=config.cluster.step_timeout_s,
+                actors.pool,
+                tasks,
+                assembly.episode_limits(config, env, evaluation=True),
+                seed=config.evaluation.seed,
+                timeout_s=config.cluster.step_timeout_s,
                 progress=recorder.progress("evaluate"),
             )
             await actors.pool.close()
@@ -55,15 +62,20 @@ def _target(target: str, config_path: str, overrides: Sequence[str]) -> tuple[Lo
             raise RunError(f"{run} has no checkpoint yet: nothing to evaluate")
         return load(config_path or run / "config.toml", overrides), str(whole[-1][1].resolve())
     if not config_path:
-        raise RunError(f"{target} is not a run's folder: --config CONFIG says which environment to play")
+        raise RunError(
+            f"{target} is not a run's folder: --config CONFIG says which environment to play"
+        )
     return load(config_path, overrides), target
 
 
 async def warm_start_only(loaded: Loaded) -> str:
-    """Clone as the configuration's [warm_start] says; where the model is and how the cloning went."""
+    """Clone as the configuration's [warm_start] says; where the model is and how the cloning
+    went."""
     config: Config = loaded.config
     if not config.warm_start.demonstrations:
-        raise RunError("warm_start.demonstrations = 0: nothing to clone; --set warm_start.demonstrations=400")
+        raise RunError(
+            "warm_start.demonstrations = 0: nothing to clone; --set warm_start.demonstrations=400"
+        )
     folder = prepare_folder(loaded, resume=False)
     env = assembly.build_environment(config)
     with contextlib.closing(run_trackers(config, folder)) as trackers:
@@ -79,5 +91,3 @@ async def warm_start_only(loaded: Loaded) -> str:
         f"cloned {report.demonstrations} demonstrations in {report.steps} steps, {report.seconds:.0f} s; negative "
         f"logprob of an action token {report.loss_first:.2f} → {report.loss_last:.2f}\nmodel: {plan.cloned}"
     )
-
-

@@ -1,4 +1,5 @@
-"""The parts of a run and the verbs of its loop: each verb is timed, recorded, and safe to repeat after a crash."""
+"""The parts of a run and the verbs of its loop: each verb is timed, recorded, and safe to repeat
+after a crash."""
 
 import asyncio
 import json
@@ -56,7 +57,9 @@ class Parts:
 
     async def take(self, step: int) -> list[Group] | None:
         """The groups of this step; None once the run was asked to stop or its time is over."""
-        if self.stop.is_set() or (self.max_seconds and time.monotonic() - self.started > self.max_seconds):
+        if self.stop.is_set() or (
+            self.max_seconds and time.monotonic() - self.started > self.max_seconds
+        ):
             return None
         with self.recorder.timed("take"):
             taking = asyncio.ensure_future(self.buffer.take(timeout_s=self.step_timeout_s))
@@ -69,7 +72,8 @@ class Parts:
                 stopping.cancel()
 
     def batch(self, step: int, groups: Sequence[Group]) -> TrainBatch:
-        """Filter, advantage, flatten. A group with fewer than two rollouts has no baseline and is left out."""
+        """Filter, advantage, flatten. A group with fewer than two rollouts has no baseline and is
+        left out."""
         whole = [group for group in groups if len(group.rollouts) > 1]
         batch, self.report = build_batch(whole, step, self.advantage, self.drop_below)
         return batch
@@ -95,7 +99,8 @@ class Parts:
         self.recorder.step(step, self.report, groups, self.pool, self.buffer)
 
     async def play_group(self, ticket: int) -> Group:
-        """All rollouts of a ticket's task. What is on record from before a crash is not played again."""
+        """All rollouts of a ticket's task. What is on record from before a crash is not played
+        again."""
         task = self.stream[ticket]
         void = self.ledger.state.voids.get(ticket, "")
         on_record = self.ledger.state.rollouts.get(ticket, {})
@@ -121,7 +126,10 @@ class Parts:
 
     async def _play(self, task: Task, ticket: int, attempt: int) -> Rollout:
         rollout, encoded = await self.pool.play(
-            task, attempt, seed=episode_seed(self.seed + ticket, task, attempt), priority=ticket,
+            task,
+            attempt,
+            seed=episode_seed(self.seed + ticket, task, attempt),
+            priority=ticket,
             limits=self.limits,
         )
         self.ledger.rollout(ticket, encoded)
@@ -136,15 +144,21 @@ class Parts:
         """Held-out success at this version, 0–1."""
         with self.recorder.timed("evaluate"):
             metrics = await evaluate(
-                self.pool, self.eval_tasks, self.eval_limits, seed=self.eval_seed,
-                timeout_s=self.step_timeout_s, progress=self.recorder.progress("evaluate"),
+                self.pool,
+                self.eval_tasks,
+                self.eval_limits,
+                seed=self.eval_seed,
+                timeout_s=self.step_timeout_s,
+                progress=self.recorder.progress("evaluate"),
             )
         self.recorder.evaluated(step, metrics)
         return metrics["eval/success"]
 
     def checkpoint_due(self, step: int) -> bool:
         """After every `checkpoint_every` steps, and after the last."""
-        return step == self.steps or bool(self.checkpoint_every and step % self.checkpoint_every == 0)
+        return step == self.steps or bool(
+            self.checkpoint_every and step % self.checkpoint_every == 0
+        )
 
     async def checkpoint(self, step: int) -> Path:
         """Write `checkpoints/step-N` aside, then rename it: it is whole or it is not there."""
@@ -177,7 +191,11 @@ class Parts:
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every whole checkpoint of a run, oldest first."""
     found = (folder / "checkpoints").glob("step-*")
-    whole = [(int(p.name.removeprefix("step-")), p) for p in found if p.name.removeprefix("step-").isdigit()]
+    whole = [
+        (int(p.name.removeprefix("step-")), p)
+        for p in found
+        if p.name.removeprefix("step-").isdigit()
+    ]
     return sorted((step, path) for step, path in whole if (path / "run_state.json").exists())
 
 
@@ -199,5 +217,3 @@ def read_run_state(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RunError(f"{path}/run_state.json cannot be read: {error}") from error
     return state
-
-

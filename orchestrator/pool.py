@@ -1,8 +1,9 @@
 """The pool: rollout actors and environment workers, who plays what, and what happens when one dies.
 
-An episode stays with one engine for all its turns (its prefix is cached there); a new one goes to the engine, and
-to the worker, with the fewest episodes. A lost actor is restarted by Ray; the pool gives a restarted engine the
-current weights before it counts as ready, and plays the episodes that were cut off again.
+An episode stays with one engine for all its turns (its prefix is cached there); a new one goes to
+the engine, and to the worker, with the fewest episodes. A lost actor is restarted by Ray; the pool
+gives a restarted engine the current weights before it counts as ready, and plays the episodes that
+were cut off again.
 """
 
 import asyncio
@@ -60,8 +61,15 @@ class Pool:
     """All that plays episodes. `start` it once; `play` from as many coroutines as you like."""
 
     def __init__(
-        self, engines: list[Actor], workers: list[Actor], *, deadlines: Deadlines, faults: FaultLimits,
-        restarts: RestartBudget, on_update: OnUpdate, event: Event,
+        self,
+        engines: list[Actor],
+        workers: list[Actor],
+        *,
+        deadlines: Deadlines,
+        faults: FaultLimits,
+        restarts: RestartBudget,
+        on_update: OnUpdate,
+        event: Event,
     ) -> None:
         self._engines = [_Member(actor) for actor in engines]
         self._workers = [_Member(actor) for actor in workers]
@@ -89,30 +97,44 @@ class Pool:
     async def start(self, manifest: WeightManifest) -> list[UpdateReport]:
         """Bring everyone up, side by side, and give the engines their first weights."""
         await first_exception(
-            *(self._start_engine(m) for m in self._engines), *(self._start_worker(m) for m in self._workers)
+            *(self._start_engine(m) for m in self._engines),
+            *(self._start_worker(m) for m in self._workers),
         )
         return await self.publish(manifest)
 
     async def publish(self, manifest: WeightManifest) -> list[UpdateReport]:
-        """Every engine takes the weights and proves it. An engine that dies meanwhile is restarted and then
-        given them; raises `WeightsNotProven` with the names of the tensors that differ."""
+        """Every engine takes the weights and proves it. An engine that dies meanwhile is restarted
+        and then given them; raises `WeightsNotProven` with the names of the tensors that differ."""
         async with self._publishing:
             self._manifest = manifest
-            reports = await first_exception(*(self._publish_to(m) for m in self._engines if m.ready.is_set()
-                                              or m not in self._recovering))
+            reports = await first_exception(
+                *(
+                    self._publish_to(m)
+                    for m in self._engines
+                    if m.ready.is_set() or m not in self._recovering
+                )
+            )
         return [r for r in reports if r is not None]
 
     async def play(
         self, task: Task, attempt: int, *, seed: int, priority: int, limits: EpisodeLimits
     ) -> tuple[Rollout, bytes]:
-        """One finished rollout and its encoding. Episodes cut off by a lost actor are played again without limit
-        but `max_restarts`; those whose environment failed, `retries` times, then the fault itself is returned."""
+        """One finished rollout and its encoding. Episodes cut off by a lost actor are played again
+        without limit but `max_restarts`; those whose environment failed, `retries` times, then the
+        fault itself is returned."""
         data = encode_task(task)
         environment_faults = 0
         while True:
-            engine, worker = await self._least_loaded(self._engines), await self._least_loaded(self._workers)
+            engine, worker = (
+                await self._least_loaded(self._engines),
+                await self._least_loaded(self._workers),
+            )
             order = EpisodeOrder(
-                task=data, attempt=attempt, engine=self._engines.index(engine), seed=seed, priority=priority,
+                task=data,
+                attempt=attempt,
+                engine=self._engines.index(engine),
+                seed=seed,
+                priority=priority,
                 limits=limits,
             )
             encoded = await self._play_once(engine, worker, order, task)
@@ -124,12 +146,15 @@ class Pool:
                 continue
             self._count(rollout, task)
             environment_faults += rollout.outcome is Outcome.INFRA_FAULT
-            if rollout.outcome is not Outcome.INFRA_FAULT or environment_faults > self._faults.retries:
+            if (
+                rollout.outcome is not Outcome.INFRA_FAULT
+                or environment_faults > self._faults.retries
+            ):
                 return rollout, encoded
 
     async def watch(self) -> None:
-        """Ping everyone for ever: finds deaths that nobody's call runs into, and hangs that nothing else finds.
-        Raises what made the pool unusable."""
+        """Ping everyone for ever: finds deaths that nobody's call runs into, and hangs that nothing
+        else finds. Raises what made the pool unusable."""
         while True:
             await asyncio.wait([self._broken], timeout=self._deadlines.ping_every_s)
             if self._broken.done():
@@ -151,7 +176,9 @@ class Pool:
         worker.episodes += 1
         try:
             encoded: bytes = await worker.actor.call(
-                "play", order, timeout_s=order.limits.timeout_s + self._deadlines.hang_s,
+                "play",
+                order,
+                timeout_s=order.limits.timeout_s + self._deadlines.hang_s,
                 waiting_for=f"episode {task.id}, attempt {order.attempt}",
             )
         except (ActorLost, DeadlinePassed) as error:
@@ -183,10 +210,12 @@ class Pool:
         self._event("infra_fault", task=task.id, attempt=rollout.attempt, fault=rollout.fault)
         share = sum(self._recent) / len(self._recent)
         if len(self._recent) >= 20 and share > self._faults.infra_fault_share:
-            self._break(RunError(
-                f"{share:.0%} of the last {len(self._recent)} episodes were infra faults, "
-                f"run.infra_fault_limit is {self._faults.infra_fault_share:.0%}; the last one: {rollout.fault}"
-            ))
+            self._break(
+                RunError(
+                    f"{share:.0%} of the last {len(self._recent)} episodes were infra faults, "
+                    f"run.infra_fault_limit is {self._faults.infra_fault_share:.0%}; the last one: {rollout.fault}"
+                )
+            )
 
     def _break(self, error: Exception) -> None:
         if not self._broken.done():
@@ -218,14 +247,17 @@ class Pool:
             await member.actor.restart()
         async with asyncio.timeout(self._deadlines.start_s):
             engine = member in self._engines
-            await self._until_it_answers(self._refill_engine if engine else self._start_worker, member)
+            await self._until_it_answers(
+                self._refill_engine if engine else self._start_worker, member
+            )
         seconds = asyncio.get_running_loop().time() - started
         self._event("actor_back", actor=member.actor.name, seconds=round(seconds, 3))
 
     async def _until_it_answers(
         self, start: Callable[[_Member], Awaitable[None]], member: _Member
     ) -> None:
-        """While an actor restarts, calls fail with `ActorLost` once or twice; later ones wait for it."""
+        """While an actor restarts, calls fail with `ActorLost` once or twice; later ones wait for
+        it."""
         while True:
             try:
                 return await start(member)
@@ -234,16 +266,22 @@ class Pool:
 
     async def _refill_engine(self, member: _Member) -> None:
         await self._start_engine(member)
-        async with self._publishing:  # not in the middle of a publish: it would miss the version under way
+        # not in the middle of a publish: it would miss the version under way
+        async with self._publishing:
             await self._publish_to(member)
 
     async def _start_engine(self, member: _Member) -> None:
-        await member.actor.call("start", timeout_s=self._deadlines.start_s, waiting_for="engine to load")
+        await member.actor.call(
+            "start", timeout_s=self._deadlines.start_s, waiting_for="engine to load"
+        )
 
     async def _start_worker(self, member: _Member) -> None:
         clients = [m.actor.generate_client() for m in self._engines]
         await member.actor.call(
-            "start", clients, timeout_s=self._deadlines.start_s, waiting_for="environment worker to start"
+            "start",
+            clients,
+            timeout_s=self._deadlines.start_s,
+            waiting_for="environment worker to start",
         )
         member.ready.set()
 
@@ -252,7 +290,10 @@ class Pool:
         assert manifest is not None, "publish or start comes first"
         try:
             report: UpdateReport = await member.actor.call(
-                "update", manifest, self._on_update, timeout_s=self._deadlines.publish_s,
+                "update",
+                manifest,
+                self._on_update,
+                timeout_s=self._deadlines.publish_s,
                 waiting_for=f"weights of version {manifest.version}",
             )
         except (ActorLost, DeadlinePassed) as error:
@@ -263,7 +304,9 @@ class Pool:
         except EngineError as error:
             raise WeightsNotProven(f"{member.actor.name}: {error}") from error
         expected = dict(zip(manifest.names, manifest.checksums, strict=True))
-        wrong = [name for name, checksum in expected.items() if report.checksums.get(name) != checksum]
+        wrong = [
+            name for name, checksum in expected.items() if report.checksums.get(name) != checksum
+        ]
         if wrong or report.version != manifest.version:
             raise WeightsNotProven(
                 f"{member.actor.name} holds version {report.version}, published {manifest.version}; "
@@ -276,7 +319,9 @@ class Pool:
         if not member.ready.is_set():
             return
         try:
-            answer = await member.actor.call("ping", timeout_s=self._deadlines.hang_s, waiting_for="sign of life")
+            answer = await member.actor.call(
+                "ping", timeout_s=self._deadlines.hang_s, waiting_for="sign of life"
+            )
         except (ActorLost, DeadlinePassed) as error:
             self._recover(member, str(error), kill=isinstance(error, DeadlinePassed))
             return
@@ -287,6 +332,7 @@ class Pool:
 
 
 def episode_seed(run_seed: int, task: Task, attempt: int) -> int:
-    """The seed of one episode's sampling: of run, task and attempt alone, so that a replay draws the same."""
+    """The seed of one episode's sampling: of run, task and attempt alone, so that a replay draws
+    the same."""
     text = f"{run_seed}/{task.environment}/{task.id}/{task.split}/{attempt}".encode()
     return zlib.crc32(text) << 16 | (zlib.crc32(text[::-1]) & 0xFFFF)

@@ -1,7 +1,7 @@
 """What a run says of itself: metrics of each step, events, and the summary that remains.
 
-Seconds are taken around the verbs of the loop, counters come from the reports those verbs return. Nothing here
-decides anything.
+Seconds are taken around the verbs of the loop, counters come from the reports those verbs return.
+Nothing here decides anything.
 """
 
 import json
@@ -25,10 +25,21 @@ from loopwright.orchestrator.pool import Pool
 class Trackers(Protocol):
     """Where everything goes (orchestrator/trackers.py)."""
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
-    def event(self, kind: str, **fields: Any) -> None: ...
-    def phase(self, text: str) -> None: ...
-    def progress(self, text: str, done: int, total: int) -> None: ...
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics of a step."""
+        ...
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Something that happened once."""
+        ...
+
+    def phase(self, text: str) -> None:
+        """What the run is doing."""
+        ...
+
+    def progress(self, text: str, done: int, total: int) -> None:
+        """How far it has come with `text`."""
+        ...
 
 
 class Recorder:
@@ -93,11 +104,20 @@ class Recorder:
         self._counts["publishes"] += 1
         self.weights_checksum = zlib.crc32(repr(manifest.checksums).encode())
         pauses = [r.pause_s for r in reports]
-        self.add({"publish/size_bytes": float(manifest.size_bytes),
-                  "publish/pause_max_s": max(pauses, default=0.0)})
+        self.add(
+            {
+                "publish/size_bytes": float(manifest.size_bytes),
+                "publish/pause_max_s": max(pauses, default=0.0),
+            }
+        )
 
     def step(
-        self, step: int, report: BatchReport, groups: Sequence[Group], pool: Pool, buffer: GroupBuffer
+        self,
+        step: int,
+        report: BatchReport,
+        groups: Sequence[Group],
+        pool: Pool,
+        buffer: GroupBuffer,
     ) -> None:
         """Everything known of a step goes out."""
         rollouts = [r for g in groups for r in g.rollouts]
@@ -105,11 +125,10 @@ class Recorder:
         self._counts["trained_tokens"] += report.tokens
         self._lags.append((report.lag_max, report.lag_mean))
         self._rewards.append((step, report.reward_mean))
-        self._mismatch.update({k: v for k, v in self._pending.items() if k.startswith("train/mismatch")})
-        metrics = {
-            f"rollout/{name}": float(value)
-            for name, value in asdict(report).items()
-        } | {
+        self._mismatch.update(
+            {k: v for k, v in self._pending.items() if k.startswith("train/mismatch")}
+        )
+        metrics = {f"rollout/{name}": float(value) for name, value in asdict(report).items()} | {
             "rollout/turns_mean": _mean([float(r.turns) for r in rollouts]),
             "rollout/seconds_mean": _mean([r.seconds.get("total", 0.0) for r in rollouts]),
             "queue/playing_episodes": float(pool.playing),
@@ -125,7 +144,9 @@ class Recorder:
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         """Held-out success at `step`."""
         self._curve.append((step, metrics["eval/success"]))
-        self._trackers.log(step, dict(metrics) | {"time/evaluate_s": self._pending.pop("time/evaluate_s", 0.0)})
+        self._trackers.log(
+            step, dict(metrics) | {"time/evaluate_s": self._pending.pop("time/evaluate_s", 0.0)}
+        )
 
     def elapsed_s(self) -> float:
         """Seconds since the run began, earlier parts of a resumed run included."""
@@ -134,8 +155,13 @@ class Recorder:
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to go on counting."""
         return {
-            "success": self.success, "counts": dict(self._counts), "seconds": dict(self._seconds),
-            "lags": self._lags, "curve": self._curve, "rewards": self._rewards, "elapsed_s": self.elapsed_s(),
+            "success": self.success,
+            "counts": dict(self._counts),
+            "seconds": dict(self._seconds),
+            "lags": self._lags,
+            "curve": self._curve,
+            "rewards": self._rewards,
+            "elapsed_s": self.elapsed_s(),
         }
 
     def summary(self) -> dict[str, Any]:
@@ -146,10 +172,14 @@ class Recorder:
                 "max": max((m for m, _ in self._lags), default=0),
                 "mean": _mean([mean for _, mean in self._lags]),
             },
-            "seconds": {k: round(v, 3) for k, v in sorted(self._seconds.items())} | {"total": round(self.elapsed_s(), 3)},
+            "seconds": {k: round(v, 3) for k, v in sorted(self._seconds.items())}
+            | {"total": round(self.elapsed_s(), 3)},
             "steps": self._counts["steps"],
             "episodes": self._counts["episodes"],
-            "tokens": {"generated": self._counts["tokens"], "trained": self._counts["trained_tokens"]},
+            "tokens": {
+                "generated": self._counts["tokens"],
+                "trained": self._counts["trained_tokens"],
+            },
             "mismatch": {k.removeprefix("train/mismatch_"): v for k, v in self._mismatch.items()},
             "publishes": self._counts["publishes"],
             "restarts": self._counts["event/actor_lost"],
@@ -171,7 +201,8 @@ class Recorder:
             if before is not None and stats.uptime_s > before.uptime_s:
                 seconds = stats.uptime_s - before.uptime_s
                 metrics[f"engine/{index}/tokens_per_s"] = (
-                    stats.generated_tokens - before.generated_tokens) / seconds
+                    stats.generated_tokens - before.generated_tokens
+                ) / seconds
                 metrics[f"engine/{index}/busy_frac"] = (stats.busy_s - before.busy_s) / seconds
             metrics[f"engine/{index}/running"] = float(stats.running)
             metrics[f"engine/{index}/waiting"] = float(stats.waiting)

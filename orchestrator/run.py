@@ -1,4 +1,5 @@
-"""One run from configuration to summary: check, start, warm-start, train, evaluate, leave a folder that says it all."""
+"""One run from configuration to summary: check, start, warm-start, train, evaluate, leave a folder
+that says it all."""
 
 import asyncio
 import contextlib
@@ -43,7 +44,8 @@ def run_folder(config: Config) -> Path:
 
 
 async def run(loaded: Loaded, *, resume: bool) -> Ended:
-    """Run to the end. Raises `RunError` (or `EnvError`) with the reason; what was earned is in the run's folder."""
+    """Run to the end. Raises `RunError` (or `EnvError`) with the reason; what was earned is in the
+    run's folder."""
     config = loaded.config
     folder = prepare_folder(loaded, resume)
     env = assembly.build_environment(config)
@@ -56,12 +58,16 @@ async def run(loaded: Loaded, *, resume: bool) -> Ended:
         recorder = Recorder(trackers, resumed=state)
         if ledger.state.cut_bytes:
             recorder.event("ledger_cut", size_bytes=ledger.state.cut_bytes)
-        recorder.phase("starting Ray" if config.cluster.address != "none" else "starting in this process")
+        recorder.phase(
+            "starting Ray" if config.cluster.address != "none" else "starting in this process"
+        )
         with recorder.timed("start_cluster"):
             cluster = assembly.open_cluster(config)
         recorder.phase(cluster.description)
         try:
-            parts = await _start(config, folder, env, cluster, recorder, ledger, whole[-1] if whole else None)
+            parts = await _start(
+                config, folder, env, cluster, recorder, ledger, whole[-1] if whole else None
+            )
             with _stop_on_signals(parts.stop):
                 return await _train(config, parts)
         finally:
@@ -72,7 +78,10 @@ async def run(loaded: Loaded, *, resume: bool) -> Ended:
 def run_trackers(config: Config, folder: Path) -> Trackers:
     """The trackers that `run.trackers` names, writing into `folder`."""
     return open_trackers(
-        config.run.trackers, folder, run_name=config.run.name, total_steps=config.run.steps,
+        config.run.trackers,
+        folder,
+        run_name=config.run.name,
+        total_steps=config.run.steps,
         config=config.model_dump(mode="json"),
     )
 
@@ -93,16 +102,24 @@ def prepare_folder(loaded: Loaded, resume: bool) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < _MIN_FREE_BYTES:
-        raise RunError(f"{folder} has {free >> 20} MiB of free disk, a run needs {_MIN_FREE_BYTES >> 20} MiB")
+        raise RunError(
+            f"{folder} has {free >> 20} MiB of free disk, a run needs {_MIN_FREE_BYTES >> 20} MiB"
+        )
     (folder / "config.toml").write_text(render(loaded))
     return folder
 
 
 async def _start(
-    config: Config, folder: Path, env: Env, cluster: Cluster, recorder: Recorder, ledger: Ledger,
+    config: Config,
+    folder: Path,
+    env: Env,
+    cluster: Cluster,
+    recorder: Recorder,
+    ledger: Ledger,
     checkpoint: tuple[int, Path] | None,
 ) -> Parts:
-    """Actors up, version 0 (or the checkpoint's) in every engine, and its success measured where that is due."""
+    """Actors up, version 0 (or the checkpoint's) in every engine, and its success measured where
+    that is due."""
     plan = await warm_start.prepare(config, folder, env, cluster, recorder)
     parts = _parts(config, folder, env, cluster, recorder, ledger, plan, checkpoint)
     recorder.phase("starting trainer, engines and environment workers")
@@ -117,7 +134,9 @@ async def _start(
     return parts
 
 
-async def _bring_up(parts: Parts, plan: warm_start.Plan, checkpoint: tuple[int, Path] | None) -> None:
+async def _bring_up(
+    parts: Parts, plan: warm_start.Plan, checkpoint: tuple[int, Path] | None
+) -> None:
     with parts.recorder.timed("start_actors"):
         await parts.training.start(checkpoint[1] if checkpoint else None)
         if checkpoint is None and plan.finished:
@@ -128,7 +147,8 @@ async def _bring_up(parts: Parts, plan: warm_start.Plan, checkpoint: tuple[int, 
 
 
 async def _initial_and_clone(parts: Parts, plan: warm_start.Plan) -> None:
-    """Measure the untouched policy while demonstrations are cloned beside it; then begin from the clone."""
+    """Measure the untouched policy while demonstrations are cloned beside it; then begin from the
+    clone."""
     recorder = parts.recorder
     if plan.starter is None:
         recorder.success["initial"] = await parts.evaluate(0)
@@ -137,8 +157,12 @@ async def _initial_and_clone(parts: Parts, plan: warm_start.Plan) -> None:
     async with asyncio.TaskGroup() as tasks:
         cloning = tasks.create_task(warm_start.clone(plan, recorder))
         metrics = await evaluate(
-            parts.pool, parts.eval_tasks, parts.eval_limits, seed=parts.eval_seed,
-            timeout_s=parts.step_timeout_s, progress=lambda done, total: None,
+            parts.pool,
+            parts.eval_tasks,
+            parts.eval_limits,
+            seed=parts.eval_seed,
+            timeout_s=parts.step_timeout_s,
+            progress=lambda done, total: None,
         )
         recorder.success["initial"] = metrics["eval/success"]
         await cloning
@@ -149,28 +173,51 @@ async def _initial_and_clone(parts: Parts, plan: warm_start.Plan) -> None:
 
 
 def _parts(
-    config: Config, folder: Path, env: Env, cluster: Cluster, recorder: Recorder, ledger: Ledger,
-    plan: warm_start.Plan, checkpoint: tuple[int, Path] | None,
+    config: Config,
+    folder: Path,
+    env: Env,
+    cluster: Cluster,
+    recorder: Recorder,
+    ledger: Ledger,
+    plan: warm_start.Plan,
+    checkpoint: tuple[int, Path] | None,
 ) -> Parts:
     actors = assembly.spawn(cluster, config, plan.base, recorder)
     r, run_ = config.rollout, config.run
     buffer = GroupBuffer(
-        groups_per_step=r.groups_per_step, max_lag=r.max_lag, version=checkpoint[0] if checkpoint else 0
+        groups_per_step=r.groups_per_step,
+        max_lag=r.max_lag,
+        version=checkpoint[0] if checkpoint else 0,
     )
     tickets = (r.max_lag + 1) * r.groups_per_step
-    at_once = -(-r.engines * r.concurrency // r.group_size) + 1  # one more, so that no engine runs dry
+    # one more, so that no engine runs dry
+    at_once = -(-r.engines * r.concurrency // r.group_size) + 1
     source = warm_start.source_of(env)
     return Parts(
-        folder=folder, steps=run_.steps, samplers=min(tickets, at_once), seed=run_.seed, group_size=r.group_size,
-        advantage=config.algorithm.advantage, drop_below=config.algorithm.drop_below,
-        step_timeout_s=config.cluster.step_timeout_s, max_seconds=run_.max_seconds,
-        eval_every=run_.eval_every, checkpoint_every=run_.checkpoint_every,
+        folder=folder,
+        steps=run_.steps,
+        samplers=min(tickets, at_once),
+        seed=run_.seed,
+        group_size=r.group_size,
+        advantage=config.algorithm.advantage,
+        drop_below=config.algorithm.drop_below,
+        step_timeout_s=config.cluster.step_timeout_s,
+        max_seconds=run_.max_seconds,
+        eval_every=run_.eval_every,
+        checkpoint_every=run_.checkpoint_every,
         keep_checkpoints=run_.keep_checkpoints,
         limits=assembly.episode_limits(config, env, evaluation=False),
         eval_limits=assembly.episode_limits(config, env, evaluation=True),
-        eval_tasks=TaskStream(source, "test", config.evaluation.seed).first(config.evaluation.tasks),
-        eval_seed=config.evaluation.seed, stream=TaskStream(source, "train", config.environment.seed),
-        buffer=buffer, pool=actors.pool, training=actors.training, ledger=ledger, recorder=recorder,
+        eval_tasks=TaskStream(source, "test", config.evaluation.seed).first(
+            config.evaluation.tasks
+        ),
+        eval_seed=config.evaluation.seed,
+        stream=TaskStream(source, "train", config.environment.seed),
+        buffer=buffer,
+        pool=actors.pool,
+        training=actors.training,
+        ledger=ledger,
+        recorder=recorder,
     )
 
 
@@ -197,7 +244,8 @@ async def _train(config: Config, parts: Parts) -> Ended:
 
 @contextlib.contextmanager
 def _stop_on_signals(stop: asyncio.Event) -> Iterator[None]:
-    """SIGTERM (`ray job stop`, Kubernetes) and Ctrl-C end the run after the current step, with a checkpoint."""
+    """SIGTERM (`ray job stop`, Kubernetes) and Ctrl-C end the run after the current step, with a
+    checkpoint."""
     loop = asyncio.get_running_loop()
     signals = (signal.SIGTERM, signal.SIGINT)
     for number in signals:

@@ -1,4 +1,5 @@
-"""Which task a ticket gets: the n-th of the environment's own stream, so that a resumed run draws the same ones."""
+"""Which task a ticket gets: the n-th of the environment's own stream, so that a resumed run draws
+the same ones."""
 
 from collections.abc import Callable, Iterator
 

@@ -1,8 +1,8 @@
 """The trainer, seen from the controller: steps that happen exactly once, whatever dies.
 
-A step either is in the history or is not. If the trainer is lost, a fresh one loads the newest checkpoint, takes the
-steps since then again from the batches kept here (the same batches in the same order give the same weights), and the
-call that was cut off is made again.
+A step either is in the history or is not. If the trainer is lost, a fresh one loads the newest
+checkpoint, takes the steps since then again from the batches kept here (the same batches in the
+same order give the same weights), and the call that was cut off is made again.
 """
 
 import asyncio
@@ -22,7 +22,13 @@ class Training:
     """One trainer actor and what is needed to rebuild its state."""
 
     def __init__(
-        self, actor: Actor, *, initial: str, start_s: float, step_s: float, restarts: RestartBudget,
+        self,
+        actor: Actor,
+        *,
+        initial: str,
+        start_s: float,
+        step_s: float,
+        restarts: RestartBudget,
         event: Callable[..., None],
     ) -> None:
         self._actor = actor
@@ -48,7 +54,9 @@ class Training:
         """One trip through the optimizer; its metrics."""
 
         async def call() -> dict[str, float]:
-            metrics: dict[str, float] = await self._call("step", step, batch, waiting_for=f"step {step}")
+            metrics: dict[str, float] = await self._call(
+                "step", step, batch, waiting_for=f"step {step}"
+            )
             return metrics
 
         metrics = await self._robustly(call)
@@ -59,7 +67,9 @@ class Training:
         """Write the weights into the channel; what engines are to read."""
 
         async def call() -> WeightManifest:
-            manifest: WeightManifest = await self._call("publish", version, waiting_for=f"publish of {version}")
+            manifest: WeightManifest = await self._call(
+                "publish", version, waiting_for=f"publish of {version}"
+            )
             return manifest
 
         return await self._robustly(call)
@@ -103,14 +113,25 @@ class Training:
                 self._restarts.spend(str(error))
                 await asyncio.sleep(0.5)
         seconds = asyncio.get_running_loop().time() - started
-        self._event("actor_back", actor=self._actor.name, seconds=round(seconds, 3), steps_again=len(self._since))
+        self._event(
+            "actor_back",
+            actor=self._actor.name,
+            seconds=round(seconds, 3),
+            steps_again=len(self._since),
+        )
 
     async def _load(self) -> None:
         await self._call("ping", waiting_for="trainer to start", timeout_s=self._start_s)
         if self._checkpoint is not None:
-            await self._call("load", str(self._checkpoint), waiting_for=f"load of {self._checkpoint}")
+            await self._call(
+                "load", str(self._checkpoint), waiting_for=f"load of {self._checkpoint}"
+            )
         else:
             await self._call("reset", self._initial, waiting_for=f"load of {self._initial}")
 
-    async def _call(self, method: str, *args: Any, waiting_for: str, timeout_s: float | None = None) -> Any:
-        return await self._actor.call(method, *args, timeout_s=timeout_s or self._step_s, waiting_for=waiting_for)
+    async def _call(
+        self, method: str, *args: Any, waiting_for: str, timeout_s: float | None = None
+    ) -> Any:
+        return await self._actor.call(
+            method, *args, timeout_s=timeout_s or self._step_s, waiting_for=waiting_for
+        )

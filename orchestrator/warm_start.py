@@ -1,7 +1,7 @@
 """Before RL: a policy to begin with, and a limited number of oracle demonstrations cloned into it.
 
-What cloning teaches is measured apart from what RL teaches: the held-out success of the untouched policy and of the
-clone are `success.initial` and `success.warm_start` of the summary.
+What cloning teaches is measured apart from what RL teaches: the held-out success of the untouched
+policy and of the clone are `success.initial` and `success.warm_start` of the summary.
 """
 
 import asyncio
@@ -39,11 +39,15 @@ class Plan:
 def source_of(env: Env) -> TaskSource:
     """The environment as the source of its tasks."""
     if not isinstance(env, TaskSource):
-        raise RunError(f"{type(env).__name__} has no tasks(split, seed): an environment brings its own tasks")
+        raise RunError(
+            f"{type(env).__name__} has no tasks(split, seed): an environment brings its own tasks"
+        )
     return env
 
 
-async def record_demonstrations(env: Env, seed: int, count: int, recorder: Recorder) -> list[Demonstration]:
+async def record_demonstrations(
+    env: Env, seed: int, count: int, recorder: Recorder
+) -> list[Demonstration]:
     """What the oracle does on `count` training tasks."""
     tell = recorder.progress("recording oracle episodes")
     found: list[Demonstration] = []
@@ -54,13 +58,21 @@ async def record_demonstrations(env: Env, seed: int, count: int, recorder: Recor
     return found
 
 
-async def prepare(config: Config, folder: Path, env: Env, cluster: Cluster, recorder: Recorder) -> Plan:
-    """Build the tiny policy where it is wanted, and get ready to clone; nothing is done twice on resume."""
+async def prepare(
+    config: Config, folder: Path, env: Env, cluster: Cluster, recorder: Recorder
+) -> Plan:
+    """Build the tiny policy where it is wanted, and get ready to clone; nothing is done twice on
+    resume."""
     tiny, wanted = config.model.path == "tiny", config.warm_start.demonstrations
     base = str((folder / "initial").resolve()) if tiny else config.model.path
     cloned = (folder / "warm_start").resolve()
     plan = Plan(
-        base=base, cloned=cloned, finished=cloned.exists(), starter=None, demonstrations=[], config=config
+        base=base,
+        cloned=cloned,
+        finished=cloned.exists(),
+        starter=None,
+        demonstrations=[],
+        config=config,
     )
     build = tiny and not Path(base).exists()
     if not build and (plan.finished or not wanted):
@@ -70,16 +82,25 @@ async def prepare(config: Config, folder: Path, env: Env, cluster: Cluster, reco
         recorded = await record_demonstrations(env, config.environment.seed, count, recorder)
         plan.demonstrations = recorded[:wanted]
         plan.starter = cluster.spawn(
-            "warm start", "loopwright.actors.warm_start:WarmStarter", (config.trainer.threads,),
+            "warm start",
+            "loopwright.actors.warm_start:WarmStarter",
+            (config.trainer.threads,),
             Placement(cpus=0, threads=config.trainer.threads),
         )
         if build:
             recorder.phase("building a tiny policy on the environment's own words")
-            shape = {**config.tiny.model_dump(), "max_context": config.environment.max_context,
-                     "seed": config.run.seed}
+            shape = {
+                **config.tiny.model_dump(),
+                "max_context": config.environment.max_context,
+                "seed": config.run.seed,
+            }
             await plan.starter.call(
-                "build_tiny", recorded, base, shape,
-                timeout_s=config.cluster.start_timeout_s, waiting_for="tiny policy",
+                "build_tiny",
+                recorded,
+                base,
+                shape,
+                timeout_s=config.cluster.start_timeout_s,
+                waiting_for="tiny policy",
             )
     if not wanted:
         plan.starter = None
@@ -94,17 +115,23 @@ async def clone(plan: Plan, recorder: Recorder) -> "CloningReport":
     recorder.phase(f"warm start: cloning {len(plan.demonstrations)} oracle demonstrations")
     tell = recorder.progress("warm start")
     with recorder.timed("warm_start"):
-        cloning = asyncio.ensure_future(starter.call(
-            "clone", plan.demonstrations, plan.base, str(plan.cloned),
-            {"steps": w.steps, "batch": w.batch, "lr": w.lr, "seed": config.run.seed},
-            timeout_s=config.cluster.step_timeout_s, waiting_for="cloning",
-        ))
+        cloning = asyncio.ensure_future(
+            starter.call(
+                "clone",
+                plan.demonstrations,
+                plan.base,
+                str(plan.cloned),
+                {"steps": w.steps, "batch": w.batch, "lr": w.lr, "seed": config.run.seed},
+                timeout_s=config.cluster.step_timeout_s,
+                waiting_for="cloning",
+            )
+        )
         try:
             while not cloning.done():
                 await asyncio.wait([cloning], timeout=1.0)
                 done, _ = await starter.call("progress", timeout_s=30, waiting_for="progress")
                 tell(done, w.steps)
-            report: "CloningReport" = await cloning
+            report: CloningReport = await cloning
         finally:
             cloning.cancel()
     plan.demonstrations = []

@@ -16,19 +16,33 @@ from loopwright.orchestrator.faults import DeadlinePassed, RunError
 def group(ticket: int, version: int) -> Group:
     """A group whose one rollout sampled one token at `version`."""
     context = Context(
-        token_ids=np.zeros(1, np.int32), action_mask=np.ones(1, np.bool_),
-        behavior_logprobs=np.zeros(1, np.float32), policy_versions=np.full(1, version, np.int32),
+        token_ids=np.zeros(1, np.int32),
+        action_mask=np.ones(1, np.bool_),
+        behavior_logprobs=np.zeros(1, np.float32),
+        policy_versions=np.full(1, version, np.int32),
         turn_ids=np.zeros(1, np.int16),
     )
     rollout = Rollout(
-        task_id=str(ticket), environment="e", environment_version="1", scenario="s", attempt=0,
-        contexts=(context,), reward=0.0, success=False, end_reason=EndReason.DONE, outcome=Outcome.SCORED, turns=1,
+        task_id=str(ticket),
+        environment="e",
+        environment_version="1",
+        scenario="s",
+        attempt=0,
+        contexts=(context,),
+        reward=0.0,
+        success=False,
+        end_reason=EndReason.DONE,
+        outcome=Outcome.SCORED,
+        turns=1,
     )
     return Group(ticket=ticket, task_id=str(ticket), rollouts=(rollout,))
 
 
-async def simulate(groups_per_step: int, max_lag: int, samplers: int, steps: int, seed: int) -> tuple[list[int], int]:
-    """Samplers of random speed and a trainer of random speed; (tickets in order of use, largest lag)."""
+async def simulate(
+    groups_per_step: int, max_lag: int, samplers: int, steps: int, seed: int
+) -> tuple[list[int], int]:
+    """Samplers of random speed and a trainer of random speed; (tickets in order of use, largest
+    lag)."""
     chance = random.Random(seed)
     buffer = GroupBuffer(groups_per_step=groups_per_step, max_lag=max_lag)
     used: list[int] = []
@@ -61,7 +75,9 @@ async def simulate(groups_per_step: int, max_lag: int, samplers: int, steps: int
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
-    groups_per_step=st.integers(1, 5), max_lag=st.integers(0, 4), samplers=st.integers(1, 12),
+    groups_per_step=st.integers(1, 5),
+    max_lag=st.integers(0, 4),
+    samplers=st.integers(1, 12),
     seed=st.integers(0, 2**31),
 )
 def test_lag_never_exceeds_the_bound_and_order_is_admission(

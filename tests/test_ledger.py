@@ -1,4 +1,5 @@
-"""The ledger: what is written comes back, torn tails are cut, damage is named, nothing is silently wrong."""
+"""The ledger: what is written comes back, torn tails are cut, damage is named, nothing is silently
+wrong."""
 
 import random
 from pathlib import Path
@@ -24,14 +25,26 @@ def rollout(ticket: int, attempt: int, outcome: Outcome = Outcome.SCORED) -> Rol
     """A small rollout of the ticket's task."""
     size = 3 + attempt
     context = Context(
-        token_ids=np.arange(size, dtype=np.int32), action_mask=np.arange(size) > 0,
+        token_ids=np.arange(size, dtype=np.int32),
+        action_mask=np.arange(size) > 0,
         behavior_logprobs=np.linspace(-1, 0, size, dtype=np.float32),
-        policy_versions=np.full(size, ticket, np.int32), turn_ids=np.zeros(size, np.int16),
+        policy_versions=np.full(size, ticket, np.int32),
+        turn_ids=np.zeros(size, np.int16),
     )
     return Rollout(
-        task_id=f"task {ticket}", environment="e", environment_version="1", scenario="s", attempt=attempt,
-        contexts=(context,), reward=0.25 * attempt, success=False, reward_parts={"test": 1.0},
-        end_reason=EndReason.DONE, outcome=outcome, turns=2, tool_errors={"tool_error/unknown_api": 1},
+        task_id=f"task {ticket}",
+        environment="e",
+        environment_version="1",
+        scenario="s",
+        attempt=attempt,
+        contexts=(context,),
+        reward=0.25 * attempt,
+        success=False,
+        reward_parts={"test": 1.0},
+        end_reason=EndReason.DONE,
+        outcome=outcome,
+        turns=2,
+        tool_errors={"tool_error/unknown_api": 1},
     )
 
 
@@ -52,27 +65,43 @@ def test_records_come_back_as_they_were() -> None:
     before = rollout(3, 2)
     after = decode(encode(before))
     assert after.contexts[0].token_ids.dtype == np.int32
-    np.testing.assert_array_equal(after.contexts[0].behavior_logprobs, before.contexts[0].behavior_logprobs)
+    np.testing.assert_array_equal(
+        after.contexts[0].behavior_logprobs, before.contexts[0].behavior_logprobs
+    )
     assert (after.reward, after.outcome, after.reward_parts, after.tool_errors) == (
-        before.reward, Outcome.SCORED, {"test": 1.0}, {"tool_error/unknown_api": 1})
-    assert decode(encode(Group(ticket=1, task_id="task 3", rollouts=(before,)))).rollouts[0].attempt == 2
+        before.reward,
+        Outcome.SCORED,
+        {"test": 1.0},
+        {"tool_error/unknown_api": 1},
+    )
+    assert (
+        decode(encode(Group(ticket=1, task_id="task 3", rollouts=(before,)))).rollouts[0].attempt
+        == 2
+    )
 
 
 def test_records_refuse_what_does_not_fit() -> None:
     with pytest.raises(RecordError, match=r"Context.action_mask: bool\[2\], expected bool\[3\]"):
         Context(
-            token_ids=np.zeros(3, np.int32), action_mask=np.zeros(2, np.bool_),
-            behavior_logprobs=np.zeros(3, np.float32), policy_versions=np.zeros(3, np.int32),
+            token_ids=np.zeros(3, np.int32),
+            action_mask=np.zeros(2, np.bool_),
+            behavior_logprobs=np.zeros(3, np.float32),
+            policy_versions=np.zeros(3, np.int32),
             turn_ids=np.zeros(3, np.int16),
         )
     with pytest.raises(RecordError, match="infra fault"):
         Group(ticket=0, task_id="task 0", rollouts=(rollout(0, 0, Outcome.INFRA_FAULT),))
     with pytest.raises(RecordError, match="expected"):
         TrainBatch(
-            step=1, token_ids=np.zeros(3, np.int32), action_mask=np.zeros(3, np.bool_),
-            behavior_logprobs=np.zeros(3, np.float32), turn_ids=np.zeros(3, np.int16),
-            lengths=np.array([2], np.int32), rollout_ids=np.zeros(1, np.int32),
-            advantages=np.zeros(1, np.float32), rollout_count=1,
+            step=1,
+            token_ids=np.zeros(3, np.int32),
+            action_mask=np.zeros(3, np.bool_),
+            behavior_logprobs=np.zeros(3, np.float32),
+            turn_ids=np.zeros(3, np.int16),
+            lengths=np.array([2], np.int32),
+            rollout_ids=np.zeros(1, np.int32),
+            advantages=np.zeros(1, np.float32),
+            rollout_count=1,
         )
     with pytest.raises(RecordError, match="schema 99"):
         decode(encode(rollout(0, 0)).replace(b"\xa1v\x01", b"\xa1v\x63"))
@@ -91,7 +120,13 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_the_audit_finds_lost_and_repeated_rollouts(tmp_path: Path) -> None:
     path = fill(tmp_path)
     clean = audit(path, groups_per_step=2)
-    assert (clean.finished, clean.trained, clean.unused, clean.twice, clean.unknown) == (8, 4, (), (), ())
+    assert (clean.finished, clean.trained, clean.unused, clean.twice, clean.unknown) == (
+        8,
+        4,
+        (),
+        (),
+        (),
+    )
     ledger = Ledger(tmp_path)
     ledger.step(2, [(2, 0), (2, 1), (3, 0), (0, 0), (9, 9)], 18)
     ledger.close()
@@ -130,7 +165,7 @@ def test_no_truncation_and_no_flipped_bit_gives_a_wrong_record(tmp_path: Path) -
     for _ in range(300):
         data = bytearray(whole)
         if chance.random() < 0.5:
-            del data[chance.randrange(len(data)):]
+            del data[chance.randrange(len(data)) :]
         else:
             data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
         path.write_bytes(bytes(data))
