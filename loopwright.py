@@ -1,7 +1,8 @@
 """Root of the import name: `loopwright.envs` is the folder `envs/` beside this file.
 
 In a checkout the floors are top-level folders; in a wheel they lie in `loopwright/`. Both import as
-`loopwright.<floor>`, so a user's own `envs/` folder never shadows ours (docs/decisions/0001-import-root.md).
+`loopwright.<floor>`, so a user's own `envs/` folder never shadows ours
+(docs/decisions/0001-import-root.md).
 """
 
 from importlib.metadata import PackageNotFoundError, version

@@ -67,7 +67,7 @@ def clone(
     until_match: float = 1.0,
     progress: Progress | None = None,
 ) -> CloningReport:
-    """Train the model at `model_path` for at most `steps` optimizer steps on `sequences` and save it
+    """Train the model at `model_path` on `sequences` for at most `steps` optimizer steps, save it
     to `out_dir`.
 
     Each step takes `batch` demonstrations; the demonstrations are gone through in a new order as

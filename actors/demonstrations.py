@@ -73,7 +73,8 @@ def tokenize(demonstration: Demonstration, chat: "ChatFormat") -> Context:
         )
         if not tail.size or int(tail[0]) not in chat.stop_token_ids:
             raise ValueError(
-                "the chat template does not end a turn with a stop token: nothing to learn to stop at"
+                "the chat template does not end a turn with a stop token: "
+                "nothing to learn to stop at"
             )
         pieces += [(np.concatenate([action_ids, tail[:1]]), turn), (tail[1:], -1)]
     pieces.pop()  # what follows the last action was seen by nobody

@@ -119,8 +119,7 @@ async def play_episode(
         fault = f"{ENGINE_FAULT}: {error}"
     except TaskError:
         raise
-
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 a world may raise anything; the fault is data
         fault = f"{task.environment} raised in {progress.phase}: {type(error).__name__}: {error}"
     else:
         return replace(rollout, seconds={**rollout.seconds, "total": time.monotonic() - started})

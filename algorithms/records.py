@@ -166,7 +166,7 @@ def _pack(value: Any) -> Any:
             "shape": list(value.shape),
             "data": np.ascontiguousarray(value).tobytes(),
         }
-    if type(value).__name__ in _RECORDS and isinstance(value, _RECORDS[type(value).__name__]):
+    if isinstance(value, (Context, Rollout, Group, TrainBatch)):
         return {
             "__record__": type(value).__name__,
             **{f.name: _pack(getattr(value, f.name)) for f in fields(value)},

@@ -213,6 +213,6 @@ def check_model(path: str) -> None:
     looks_local = folder.is_absolute() or path.startswith((".", "~")) or folder.exists()
     if looks_local and not (folder / "config.json").is_file():
         raise RunError(
-            f"model.path = {path!r}: no config.json there; expected a Hugging Face model folder, a hub id such as "
-            '"organisation/name", or "tiny"'
+            f"model.path = {path!r}: no config.json there; expected a Hugging Face model folder, "
+            'a hub id such as "organisation/name", or "tiny"'
         )

@@ -67,8 +67,9 @@ class GroupBuffer:
         except TimeoutError:
             missing = [t for t in wanted if t not in self._ready]
             raise DeadlinePassed(
-                f"batch of step {self.version + 1}: groups {missing[:8]} of {len(missing)} missing after "
-                f"{timeout_s:g} s; lower environment.episode_timeout_s or raise cluster.step_timeout_s"
+                f"batch of step {self.version + 1}: groups {missing[:8]} of {len(missing)} missing "
+                f"after {timeout_s:g} s; lower environment.episode_timeout_s or raise "
+                "cluster.step_timeout_s"
             ) from None
         groups = [self._ready[t] for t in wanted]
         for group in groups:
@@ -98,6 +99,6 @@ class GroupBuffer:
         )
         if oldest is not None and self.version - oldest > self.max_lag:
             raise LagExceeded(
-                f"group {group.ticket} ({group.task_id}) holds tokens of version {oldest}, trained at "
-                f"{self.version}: lag {self.version - oldest} > max_lag {self.max_lag}"
+                f"group {group.ticket} ({group.task_id}) holds tokens of version {oldest}, trained "
+                f"at {self.version}: lag {self.version - oldest} > max_lag {self.max_lag}"
             )

@@ -23,12 +23,13 @@ _TRAIN = """Train a policy as CONFIG says.
   loopwright train quickstart --set rollout.engine=vllm --set run.name=quick-vllm
   loopwright train my.toml --resume                  go on where the run stopped or was killed
 
-The run's folder (run.dir/run.name) holds config.toml, metrics.jsonl, events.jsonl, ledger/, checkpoints/,
-curve.png and summary.json: enough to resume, to audit, and to draw every picture again."""
+The run's folder (run.dir/run.name) holds config.toml, metrics.jsonl, events.jsonl, ledger/,
+checkpoints/, curve.png and summary.json: enough to
+resume, to audit, and to draw every picture again."""
 _EVAL = """Play held-out tasks with a model and print how many it solves.
 
-  loopwright eval runs/quickstart                    the newest checkpoint of a run, its own configuration
-  loopwright eval path/to/model --config my.toml     any Hugging Face folder or hub id"""
+  loopwright eval runs/quickstart                  the newest checkpoint of a run, its configuration
+  loopwright eval path/to/model --config my.toml   any Hugging Face folder or hub id"""
 _WARM = """Clone oracle demonstrations into a policy and stop: what `train` does first, on its own.
 Writes a Hugging Face folder to run.dir/run.name/warm_start."""
 

@@ -236,8 +236,9 @@ class RayCluster:
         free = ray.available_resources().get("CPU", 0.0)
         if not self._owned and free < needed_cpus:
             raise RunError(
-                f"the Ray cluster has {free:g} free CPUs, this run needs {needed_cpus:g}: stop other jobs, "
-                "or ask for less (rollout.engines, environment.workers, trainer.threads, rollout.threads)"
+                f"the Ray cluster has {free:g} free CPUs, this run needs {needed_cpus:g}: stop "
+                "other jobs, or ask for less (rollout.engines, environment.workers, "
+                "trainer.threads, rollout.threads)"
             )
 
     def spawn(self, name: str, target: str, args: tuple[Any, ...], placement: Placement) -> Actor:

@@ -17,9 +17,9 @@ ABOUT = """Environments: what there is, and what an episode looks like.
 
   loopwright envs list
   loopwright envs describe officeworld
-  loopwright envs play officeworld --task 3          you are the policy: type actions, see what comes back
-  loopwright envs play officeworld --oracle          watch the oracle solve it
-  loopwright envs check my_package.world:World       run the conformance kit on your own
+  loopwright envs play officeworld --task 3      you are the policy: type actions, see the replies
+  loopwright envs play officeworld --oracle      watch the oracle solve it
+  loopwright envs check my_package.world:World   run the conformance kit on your own
 
 NAME is a registered name, `module:Class`, or `path/to/file.py:Class`."""
 
@@ -92,7 +92,8 @@ def _task(env: Env, arguments: argparse.Namespace) -> Task:
     )
     if not found:
         raise RunError(
-            f"{arguments.name}: the {arguments.split} split has fewer than {arguments.task + 1} tasks"
+            f"{arguments.name}: the {arguments.split} split has fewer than {arguments.task + 1} "
+            "tasks"
         )
     return found[0]
 
@@ -101,7 +102,8 @@ async def _describe(env: Env, task: Task) -> None:
     spec = env.spec
     print(f"{spec.name} {spec.version}\n{spec.description}")
     print(
-        f"budget: {spec.max_turns} turns · deterministic: {spec.deterministic} · license: {spec.license}"
+        f"budget: {spec.max_turns} turns · deterministic: {spec.deterministic} · "
+        f"license: {spec.license}"
     )
     print(f"\ntask {task.id} (scenario {task.scenario}, difficulty {task.difficulty}):")
     observation = await env.reset(task)
@@ -148,9 +150,8 @@ def _show(messages: Iterable[Message]) -> None:
 
 
 def _grade(verdict: Verdict, turns: int) -> None:
-    print(
-        f"\nreward {verdict.reward:.3f} after {turns} turns: {'solved' if verdict.success else 'not solved'}"
-    )
+    outcome = "solved" if verdict.success else "not solved"
+    print(f"\nreward {verdict.reward:.3f} after {turns} turns: {outcome}")
     for name, value in verdict.parts.items():
         print(f"  {value:6.3f}  {name}")
 

@@ -49,7 +49,8 @@ async def evaluate(
     scored = [r for r in done if r.outcome is not Outcome.INFRA_FAULT]
     if not scored:
         raise RunError(
-            f"evaluation: all {len(done)} episodes were infra faults; the last one: {done[-1].fault}"
+            f"evaluation: all {len(done)} episodes were infra faults; "
+            f"the last one: {done[-1].fault}"
         )
     return summarise(scored, faults=len(done) - len(scored))
 

@@ -30,5 +30,6 @@ class RestartBudget:
         self.spent += 1
         if self.spent > self.limit:
             raise RunError(
-                f"{self.spent} actors were lost, run.max_restarts allows {self.limit}; the last one: {why}"
+                f"{self.spent} actors were lost, run.max_restarts allows {self.limit}; "
+                f"the last one: {why}"
             )

@@ -63,8 +63,9 @@ def read_frames(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if offset + _HEADER.size + length >= len(data):
                 return
             raise LedgerError(
-                f"{path}: frame at byte {offset} ({length} bytes) is damaged: checksum {zlib.crc32(payload):08x}, "
-                f"expected {checksum:08x}; restore the file, or cut it there to lose what follows"
+                f"{path}: frame at byte {offset} ({length} bytes) is damaged: "
+                f"checksum {zlib.crc32(payload):08x}, expected {checksum:08x}; "
+                "restore the file, or cut it there to lose what follows"
             )
         yield offset, msgpack.unpackb(payload, strict_map_key=False)
         offset += _HEADER.size + length
@@ -142,8 +143,8 @@ def _frame(payload: bytes) -> bytes:
 
 def _no_room(path: Path, error: OSError) -> str:
     return (
-        f"cannot write {path}: {error.strerror}. Everything up to the last finished group is on record: "
-        "free space, then run the same command with --resume"
+        f"cannot write {path}: {error.strerror}. Everything up to the last finished group is on "
+        "record: free space, then run the same command with --resume"
     )
 
 

@@ -88,6 +88,7 @@ async def warm_start_only(loaded: Loaded) -> str:
             await asyncio.to_thread(cluster.shutdown)
             await env.close()
     return (
-        f"cloned {report.demonstrations} demonstrations in {report.steps} steps, {report.seconds:.0f} s; negative "
-        f"logprob of an action token {report.loss_first:.2f} → {report.loss_last:.2f}\nmodel: {plan.cloned}"
+        f"cloned {report.demonstrations} demonstrations in {report.steps} steps, "
+        f"{report.seconds:.0f} s; negative logprob of an action token "
+        f"{report.loss_first:.2f} → {report.loss_last:.2f}\nmodel: {plan.cloned}"
     )

@@ -172,8 +172,8 @@ class Parts:
                 await asyncio.to_thread(_put_in_place, aside, final)
             except OSError as error:
                 raise LedgerError(
-                    f"cannot write {final}: {error.strerror}; the ledger holds every finished rollout: "
-                    "free space, then run the same command with --resume"
+                    f"cannot write {final}: {error.strerror}; the ledger holds every finished "
+                    "rollout: free space, then run the same command with --resume"
                 ) from error
         self.training.saved(final, step)
         self.ledger.checkpoint(step)

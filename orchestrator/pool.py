@@ -11,6 +11,7 @@ import zlib
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from loopwright.actors.engine import EngineError, EngineStats, OnUpdate, UpdateReport
 from loopwright.actors.env_worker import EpisodeOrder
@@ -192,8 +193,9 @@ class Pool:
     async def _least_loaded(self, members: list[_Member]) -> _Member:
         while not any(m.ready.is_set() for m in members):
             waits = [asyncio.ensure_future(m.ready.wait()) for m in members]
+            watched: list[asyncio.Future[Any]] = [*waits, self._broken]
             try:
-                await asyncio.wait([*waits, self._broken], return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 for wait in waits:
                     wait.cancel()
@@ -213,7 +215,8 @@ class Pool:
             self._break(
                 RunError(
                     f"{share:.0%} of the last {len(self._recent)} episodes were infra faults, "
-                    f"run.infra_fault_limit is {self._faults.infra_fault_share:.0%}; the last one: {rollout.fault}"
+                    f"run.infra_fault_limit is {self._faults.infra_fault_share:.0%}; "
+                    f"the last one: {rollout.fault}"
                 )
             )
 
@@ -309,8 +312,8 @@ class Pool:
         ]
         if wrong or report.version != manifest.version:
             raise WeightsNotProven(
-                f"{member.actor.name} holds version {report.version}, published {manifest.version}; "
-                f"tensors that differ: {', '.join(wrong[:5]) or 'none'}"
+                f"{member.actor.name} holds version {report.version}, published "
+                f"{manifest.version}; tensors that differ: {', '.join(wrong[:5]) or 'none'}"
             )
         member.ready.set()
         return report

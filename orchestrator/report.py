@@ -12,14 +12,16 @@ def tell(folder: Path, summary: Mapping[str, Any]) -> str:
     if "final" in success:
         gained = 100 * (success["final"] - success["warm_start"])
         lines.append(
-            f"held-out success: untouched {success['initial']:.1%} → cloned {success['warm_start']:.1%} → "
+            f"held-out success: untouched {success['initial']:.1%} → "
+            f"cloned {success['warm_start']:.1%} → "
             f"after RL {success['final']:.1%}  ({gained:+.1f} points from RL alone)"
         )
     else:
         lines.append(f"stopped after step {summary['steps']}; go on with --resume")
     tokens, lag, seconds = summary["tokens"], summary["lag"], summary["seconds"]
     lines += [
-        f"{summary['steps']} steps, {summary['episodes']} episodes, {tokens['generated']} tokens generated, "
+        f"{summary['steps']} steps, {summary['episodes']} episodes, "
+        f"{tokens['generated']} tokens generated, "
         f"{summary['publishes']} publishes, policy lag mean {lag['mean']:.2f} max {lag['max']}, "
         f"{summary['restarts']} restarts, {seconds['total']:.0f} s",
         f"run folder: {folder}  (curve.png, summary.json, metrics.jsonl, checkpoints/)",

@@ -193,5 +193,5 @@ def test_a_full_disk_says_what_is_safe(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     ledger._file.close()
     ledger._file = open("/dev/full", "ab")  # noqa: SIM115 the kernel's own full disk
-    with pytest.raises(LedgerError, match="No space left on device.*--resume"):
+    with pytest.raises(LedgerError, match=r"No space left on device.*--resume"):
         ledger.group(9, b"task")
