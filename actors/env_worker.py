@@ -38,6 +38,10 @@ class EpisodeOrder:
     limits: EpisodeLimits
 
 
+class WorkerLost(Exception):
+    """This process was restarted and does not know yet who generates."""
+
+
 class EnvWorker:
     """Plays episodes. Environment instances are kept and reused; a faulted one is thrown away."""
 
@@ -59,7 +63,9 @@ class EnvWorker:
 
     async def play(self, order: EpisodeOrder) -> bytes:
         """Play one episode; the encoded `Rollout`, also when the infrastructure failed. Raises
-        `TaskError`."""
+        `TaskError`, and `WorkerLost` before `start`."""
+        if not self._engines:
+            raise WorkerLost("restarted, and not started yet")
         env = self._idle.pop() if self._idle else self._build()
         self._playing += 1
         try:

@@ -45,7 +45,10 @@ class RolloutActor:
         return await self._engine.cancel(request_id)
 
     async def update(self, manifest: WeightManifest, on_update: OnUpdate) -> UpdateReport:
-        """Take published weights and serve from them."""
+        """Take published weights and serve from them. Raises `EngineLost` in a process that was
+        restarted and not started since."""
+        if not self._started:
+            raise EngineLost("restarted, and its engine is not loaded yet")
         report = await self._engine.update_weights(manifest, on_update)
         self._serving = True
         return report

@@ -2,6 +2,7 @@
 
 RunError                 the run ends, the text is the last line of its log
   ActorLost              the process died or its node did; the supervisor restarts it
+    ActorGone            it will not come back: its constructor failed
   DeadlinePassed         nothing came back in time; the text says who was to answer and what
 """
 
@@ -12,6 +13,10 @@ class RunError(Exception):
 
 class ActorLost(RunError):
     """The actor's process is gone, or restarting; the call may or may not have been executed."""
+
+
+class ActorGone(ActorLost):
+    """The actor is not restarted any more, mostly because its constructor raises."""
 
 
 class DeadlinePassed(RunError):
