@@ -25,7 +25,7 @@ from loopwright.orchestrator.faults import RunError
 
 _HEADER = struct.Struct("<III")
 _HEADER_BODY = struct.Struct("<II")
-_FILE = "ledger.frames"
+FILE = "ledger.frames"  # in the folder `ledger/` of a run
 
 
 class LedgerError(RunError):
@@ -76,7 +76,7 @@ class Ledger:
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self.path = directory / _FILE
+        self.path = directory / FILE
         self.state = read(self.path) if self.path.exists() else LedgerState()
         if self.state.cut_bytes:
             os.truncate(self.path, self.path.stat().st_size - self.state.cut_bytes)

@@ -102,7 +102,7 @@ class Recorder:
     def published(self, manifest: WeightManifest, reports: Sequence[UpdateReport]) -> None:
         """All engines hold a version."""
         self._counts["publishes"] += 1
-        self.weights_checksum = zlib.crc32(repr(manifest.checksums).encode())
+        self.weights_checksum = checksum_of(manifest)
         pauses = [r.pause_s for r in reports]
         self.add(
             {
@@ -217,6 +217,11 @@ class Recorder:
         self._lags = [tuple(pair) for pair in state["lags"]]
         self._curve = [tuple(pair) for pair in state["curve"]]
         self._rewards = [tuple(pair) for pair in state["rewards"]]
+
+
+def checksum_of(manifest: WeightManifest) -> int:
+    """One crc32 over the checksums of all published tensors: equal where the weights are."""
+    return zlib.crc32(repr(manifest.checksums).encode())
 
 
 def write_json(path: Path, value: Any) -> None:
