@@ -11,7 +11,7 @@ from loopwright.actors.vllm_setup import VLLM_CPU_ENVIRONMENT
 from loopwright.configs.schema import Config
 from loopwright.envs import registry
 from loopwright.envs.protocol import Env
-from loopwright.orchestrator.cluster import Actor, Cluster, Placement, connect
+from loopwright.orchestrator.cluster import Actor, Cluster, Needs, Placement, connect
 from loopwright.orchestrator.faults import RestartBudget, RunError
 from loopwright.orchestrator.pool import Deadlines, FaultLimits, Pool
 from loopwright.orchestrator.recorder import Recorder
@@ -28,23 +28,26 @@ class Actors:
     training: Training
 
 
-def needed_cpus(config: Config) -> float:
-    """CPUs that all actors of a run ask Ray for."""
-    return (
-        config.trainer.threads
-        + config.rollout.engines * config.rollout.threads
-        + config.environment.workers * _WORKER_CPUS
+def needs(config: Config) -> Needs:
+    """What all actors of a run ask Ray for."""
+    r = config.rollout
+    return Needs(
+        one_node_cpus=config.trainer.threads + r.engines * r.threads,
+        one_node_gpus=_gpus(config) * (1 + r.engines),
+        elsewhere_cpus=(_WORKER_CPUS,) * config.environment.workers,
     )
 
 
-def open_cluster(config: Config) -> Cluster:
+def open_cluster(config: Config, recorder: Recorder) -> Cluster:
     """The cluster the configuration names, or a new one."""
     c = config.cluster
     return connect(
         c.address,
+        needs(config),
         cpus=c.cpus,
         object_store_bytes=c.object_store_bytes,
-        needed_cpus=needed_cpus(config),
+        timeout_s=c.start_timeout_s,
+        say=recorder.phase,
     )
 
 
@@ -75,12 +78,14 @@ def spawn(cluster: Cluster, config: Config, model_path: str, recorder: Recorder)
         "trainer",
         "loopwright.actors.trainer:Trainer",
         (trainer_settings(config, model_path), config.run.name),
-        Placement(cpus=config.trainer.threads, gpus=_gpus(config), threads=config.trainer.threads),
+        Placement(
+            cpus=config.trainer.threads,
+            gpus=_gpus(config),
+            threads=config.trainer.threads,
+            shares_memory=True,
+        ),
     )
-    engines = [
-        _spawn_engine(cluster, config, model_path, i, trainer)
-        for i in range(config.rollout.engines)
-    ]
+    engines = [_spawn_engine(cluster, config, model_path, i) for i in range(config.rollout.engines)]
     settings = WorkerSettings(
         environment=config.environment.name,
         options=config.environment.options,
@@ -123,9 +128,7 @@ def spawn(cluster: Cluster, config: Config, model_path: str, recorder: Recorder)
     return Actors(pool=pool, training=training)
 
 
-def _spawn_engine(
-    cluster: Cluster, config: Config, model_path: str, index: int, trainer: Actor
-) -> Actor:
+def _spawn_engine(cluster: Cluster, config: Config, model_path: str, index: int) -> Actor:
     r = config.rollout
     settings = EngineSettings(
         model_path=model_path,
@@ -146,7 +149,7 @@ def _spawn_engine(
             cpus=r.threads,
             gpus=_gpus(config),
             threads=r.threads,
-            same_node_as=trainer,
+            shares_memory=True,
             environment=VLLM_CPU_ENVIRONMENT if on_cpu else {},
         ),
     )

@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RunError, EnvError) as error:
         return _complain(error, FAILED)
     except KeyboardInterrupt:
-        return _complain("interrupted before training began; nothing to resume", STOPPED)
+        return _complain("stopped before training began; train --resume goes on", STOPPED)
 
 
 def _complain(what: object, code: int) -> int:

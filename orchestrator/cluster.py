@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import importlib
 import logging
+import math
 import os
 import sys
 from collections.abc import Awaitable, Callable, Mapping
@@ -20,13 +21,16 @@ from typing import Any, Protocol
 import loopwright
 from loopwright.actors.engine import Completion, GenerateRequest
 from loopwright.actors.episode import EngineLost, Generate
-from loopwright.orchestrator.faults import ActorLost, DeadlinePassed, RunError
+from loopwright.orchestrator.faults import ActorGone, ActorLost, DeadlinePassed, RunError
 
 ROOT = str(
     Path(loopwright.__path__[0]).parent
     if Path(loopwright.__path__[0]).name == "loopwright"
     else Path(loopwright.__path__[0])
 )
+
+
+_PATIENCE_S = 3.0  # a job that has just ended may still hold its CPUs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +41,29 @@ class Placement:
     gpus: float = 0.0
     threads: int = 1
     environment: Mapping[str, str] = field(default_factory=dict)
-    same_node_as: "Actor | None" = None  # shared memory reaches no further than a node
+    shares_memory: bool = False  # with all others that do: they run on one node
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What all actors of a run ask for, known before the first is spawned."""
+
+    one_node_cpus: float  # of those that share memory
+    one_node_gpus: float = 0.0
+    elsewhere_cpus: tuple[float, ...] = ()  # one entry an actor; any node will do
+
+    @property
+    def cpus(self) -> float:
+        """All together."""
+        return self.one_node_cpus + sum(self.elsewhere_cpus)
+
+    def __str__(self) -> str:
+        gpus = f" and {self.one_node_gpus:g} GPUs" if self.one_node_gpus else ""
+        text = f"{self.one_node_cpus:g} CPUs{gpus} on one node (trainer and engines share memory)"
+        if self.elsewhere_cpus:
+            each = ", ".join(f"{cpus:g}" for cpus in self.elsewhere_cpus)
+            text += f", and on any node {each} CPUs for environment workers"
+        return text
 
 
 class Actor(Protocol):
@@ -169,7 +195,7 @@ class RayActor:
                 f"{self.name}: {waiting_for}: no answer within {timeout_s:g} s"
             ) from None
         except ray.exceptions.ActorDiedError as error:
-            raise ActorLost(
+            raise ActorGone(
                 f"{self.name}: died for good during {waiting_for}: {_last_line(error)}"
             ) from None
         except ray.exceptions.RayActorError as error:
@@ -201,7 +227,14 @@ class RayCluster:
     """A Ray cluster that was found, or one started for this run only."""
 
     def __init__(
-        self, address: str, *, cpus: int, object_store_bytes: int, needed_cpus: float
+        self,
+        address: str,
+        needs: Needs,
+        *,
+        cpus: int,
+        object_store_bytes: int,
+        timeout_s: float,
+        say: Callable[[str], None],
     ) -> None:
         import ray
 
@@ -209,6 +242,8 @@ class RayCluster:
         os.environ.setdefault("RAY_DEDUP_LOGS", "1")
         self._owned = False
         self._actors: list[RayActor] = []
+        self._reserved: Any = None  # ray.util.placement_group.PlacementGroup of a found cluster
+        self._elsewhere = iter(range(1, 1 + len(needs.elsewhere_cpus)))  # bundles not yet used
         logging.getLogger("ray").setLevel(logging.WARNING)
         if address in ("auto", "local"):
             found = address == "auto" and _running_address()
@@ -218,7 +253,7 @@ class RayCluster:
                 self._owned = True
                 ray.init(
                     address="local",
-                    num_cpus=max(cpus or os.cpu_count() or 1, int(needed_cpus + 0.999)),
+                    num_cpus=max(cpus or os.cpu_count() or 1, math.ceil(needs.cpus)),
                     object_store_memory=object_store_bytes,
                     include_dashboard=False,
                     log_to_driver=False,
@@ -226,26 +261,36 @@ class RayCluster:
                 )
         else:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-        self._check(needed_cpus)
+        if not self._owned:
+            self._reserve(needs, timeout_s, say)
         where = "started here" if self._owned else "found"
         self.description = f"Ray {ray.__version__}, {where}, {_resources(ray.cluster_resources())}"
 
-    def _check(self, needed_cpus: float) -> None:
+    def _reserve(self, needs: Needs, timeout_s: float, say: Callable[[str], None]) -> None:
+        """Room for all actors or none: half a run would wait for ever, holding what others need."""
         import ray
 
-        free = ray.available_resources().get("CPU", 0.0)
-        if not self._owned and free < needed_cpus:
+        together = {"CPU": needs.one_node_cpus, "GPU": needs.one_node_gpus}
+        bundles = [{name: amount for name, amount in together.items() if amount}]
+        bundles += [{"CPU": cpus} for cpus in needs.elsewhere_cpus]
+        self._reserved = ray.util.placement_group(bundles, strategy="PACK")
+        if self._reserved.wait(timeout_seconds=min(_PATIENCE_S, timeout_s)):
+            return
+        say(f"waiting up to {timeout_s:g} s for {needs}; {_room()}")
+        if not self._reserved.wait(timeout_seconds=max(timeout_s - _PATIENCE_S, 0)):
+            room = _room()
+            self.shutdown()
             raise RunError(
-                f"the Ray cluster has {free:g} free CPUs, this run needs {needed_cpus:g}: stop "
-                "other jobs, or ask for less (rollout.engines, environment.workers, "
-                "trainer.threads, rollout.threads)"
+                f"the Ray cluster made no room within {timeout_s:g} s for {needs}; {room}: stop "
+                "other jobs, ask for less (trainer.threads, rollout.engines, rollout.threads, "
+                "environment.workers), or raise cluster.start_timeout_s"
             )
 
     def spawn(self, name: str, target: str, args: tuple[Any, ...], placement: Placement) -> Actor:
         """As `Cluster.spawn`. Ray restarts a lost process by itself; the supervisor counts how
         often."""
         import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         variables = {
             "OMP_NUM_THREADS": str(placement.threads),
@@ -265,10 +310,13 @@ class RayCluster:
             "max_task_retries": 0,
             "runtime_env": {"env_vars": variables},
         }
-        near = placement.same_node_as
-        if isinstance(near, RayActor):
-            node = ray.get(near.handle.__ray_call__.remote(_node_id), timeout=300)
-            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
+        if self._reserved is not None:
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+                self._reserved,
+                placement_group_bundle_index=0
+                if placement.shares_memory
+                else next(self._elsewhere),
+            )
         cls = _load(target)
         if not _is_asynchronous(cls):
             options["max_concurrency"] = 2  # so that a ping is answered during a long step
@@ -284,13 +332,10 @@ class RayCluster:
             with contextlib.suppress(ray.exceptions.RayError, ValueError):
                 ray.kill(actor.handle, no_restart=True)
         self._actors.clear()
+        if self._reserved is not None:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.util.remove_placement_group(self._reserved)
         ray.shutdown()
-
-
-def _node_id(_: Any) -> str:
-    import ray
-
-    return str(ray.get_runtime_context().get_node_id())
 
 
 def _is_asynchronous(cls: Callable[..., Any]) -> bool:
@@ -303,20 +348,48 @@ def _running_address() -> str | None:
     return os.environ.get("RAY_ADDRESS")
 
 
+def _room() -> str:
+    import ray
+
+    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    free = ray.available_resources()
+    return (
+        f"its nodes have {', '.join(f'{cpus:g}' for cpus in nodes)} CPUs, free in all: "
+        f"{_resources(free)}"
+    )
+
+
 def _resources(resources: Mapping[str, float]) -> str:
     gpus = f", {resources['GPU']:g} GPUs" if "GPU" in resources else ""
     return f"{resources.get('CPU', 0):g} CPUs{gpus}"
 
 
-def connect(address: str, *, cpus: int, object_store_bytes: int, needed_cpus: float) -> Cluster:
-    """The cluster that `cluster.address` names: `none`, `local`, `auto`, or an address."""
+def connect(
+    address: str,
+    needs: Needs,
+    *,
+    cpus: int,
+    object_store_bytes: int,
+    timeout_s: float,
+    say: Callable[[str], None],
+) -> Cluster:
+    """The cluster that `cluster.address` names: `none`, `local`, `auto`, or an address.
+
+    On a found cluster, room for `needs` is reserved; `say` is told if that takes time. Raises
+    `RunError` if there is no such cluster, or no room within `timeout_s`.
+    """
     if address == "none":
         return InProcess()
     if "ray" not in sys.modules:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         return RayCluster(
-            address, cpus=cpus, object_store_bytes=object_store_bytes, needed_cpus=needed_cpus
+            address,
+            needs,
+            cpus=cpus,
+            object_store_bytes=object_store_bytes,
+            timeout_s=timeout_s,
+            say=say,
         )
     except (ConnectionError, OSError, RuntimeError) as error:
         raise RunError(f"no Ray at cluster.address = {address!r}: {error}") from error

@@ -34,7 +34,7 @@ async def evaluate_target(target: str, config_path: str, overrides: Sequence[str
     ):
         recorder = Recorder(trackers)
         recorder.phase(f"evaluating {model} on {len(tasks)} held-out tasks")
-        cluster = assembly.open_cluster(config)
+        cluster = assembly.open_cluster(config, recorder)
         try:
             actors = assembly.spawn(cluster, config, model, recorder)
             await actors.training.start(None)
@@ -80,7 +80,7 @@ async def warm_start_only(loaded: Loaded) -> str:
     env = assembly.build_environment(config)
     with contextlib.closing(run_trackers(config, folder)) as trackers:
         recorder = Recorder(trackers)
-        cluster = assembly.open_cluster(config)
+        cluster = assembly.open_cluster(config, recorder)
         try:
             plan = await warm_start.prepare(config, folder, env, cluster, recorder)
             report = await warm_start.clone(plan, recorder)

@@ -62,12 +62,13 @@ async def run(loaded: Loaded, *, resume: bool) -> Ended:
             "starting Ray" if config.cluster.address != "none" else "starting in this process"
         )
         with recorder.timed("start_cluster"):
-            cluster = assembly.open_cluster(config)
+            cluster = assembly.open_cluster(config, recorder)
         recorder.phase(cluster.description)
         try:
-            parts = await _start(
-                config, folder, env, cluster, recorder, ledger, whole[-1] if whole else None
-            )
+            with _interrupt_on_sigterm():
+                parts = await _start(
+                    config, folder, env, cluster, recorder, ledger, whole[-1] if whole else None
+                )
             with _stop_on_signals(parts.stop):
                 return await _train(config, parts)
         finally:
@@ -240,6 +241,17 @@ async def _train(config: Config, parts: Parts) -> Ended:
     summary = recorder.summary() | {"name": config.run.name, "complete": complete}
     write_json(parts.folder / "summary.json", summary)
     return Ended(folder=parts.folder, summary=summary, complete=complete)
+
+
+@contextlib.contextmanager
+def _interrupt_on_sigterm() -> Iterator[None]:
+    """While nothing is trained yet, SIGTERM is Ctrl-C: asyncio cancels the run, which cleans up."""
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
 
 
 @contextlib.contextmanager

@@ -85,7 +85,7 @@ async def prepare(
             "warm start",
             "loopwright.actors.warm_start:WarmStarter",
             (config.trainer.threads,),
-            Placement(cpus=0, threads=config.trainer.threads),
+            Placement(cpus=0, threads=config.trainer.threads, shares_memory=True),
         )
         if build:
             recorder.phase("building a tiny policy on the environment's own words")
