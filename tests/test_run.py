@@ -1,0 +1,110 @@
+"""A whole run in one process: what it leaves behind, what it refuses, how it goes on."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from loopwright.configs.load import load
+from loopwright.orchestrator.cli import DONE, FAILED
+from loopwright.orchestrator.ledger import FILE, audit, read
+from loopwright.orchestrator.parts import checkpoints
+from loopwright.orchestrator.replay import replay
+from tests.tiny_run import train, write_config
+
+P = 2  # groups per step
+
+
+def test_a_run_leaves_summary_curve_ledger_and_checkpoints(tmp_path: Path, policy: str) -> None:
+    code, folder = train(tmp_path, policy)
+    assert code == DONE
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["complete"] is True
+    assert set(summary["success"]) == {"initial", "warm_start", "final"}
+    assert set(summary["lag"]) == {"max", "mean"}
+    assert 0 <= summary["lag"]["mean"] <= summary["lag"]["max"] <= 1
+    assert (summary["steps"], summary["publishes"], summary["restarts"]) == (3, 4, 0)
+    assert summary["episodes"] >= 3 * P * 3
+    assert summary["tokens"]["generated"] > 0 and summary["tokens"]["trained"] > 0
+    assert summary["seconds"]["total"] > summary["seconds"]["train"] > 0
+    assert summary["mismatch"]["abs_mean"] >= 0
+    assert [step for step, _ in summary["curve"]] == [0, 3]
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert [step for step, _ in checkpoints(folder)] == [2, 3]
+    found = audit(folder / "ledger" / FILE, groups_per_step=P)
+    assert (found.trained, found.unused, found.twice, found.unknown) == (3 * P * 3, (), (), ())
+    assert load(folder / "config.toml").config.run.steps == 3
+
+
+def test_from_nothing_with_a_warm_start(tmp_path: Path) -> None:
+    code, folder = train(
+        tmp_path,
+        "tiny",
+        "warm_start.demonstrations=8",
+        "warm_start.steps=4",
+        "run.steps=1",
+    )
+    assert code == DONE
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(summary["success"]) == {"initial", "warm_start", "final"}
+    assert (folder / "initial" / "config.json").is_file()
+    assert (folder / "warm_start" / "config.json").is_file()
+    assert all(step.equal for step in replay(folder))
+
+
+def test_a_folder_with_a_run_is_not_overwritten(
+    tmp_path: Path, policy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path, policy, "run.steps=0")[0] == DONE
+    before = sorted(p.name for p in (tmp_path / "runs" / "tiny").iterdir())
+    code, folder = train(tmp_path, policy, "run.steps=0")
+    assert code == FAILED
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "holds a run already" in told and "--resume" in told
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_resume_of_nothing_is_refused(
+    tmp_path: Path, policy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, folder = train(tmp_path, policy, resume=True)
+    assert code == FAILED
+    assert "no run in" in capsys.readouterr().err
+    assert not folder.exists()
+
+
+def test_a_run_stopped_by_its_time_is_resumed_to_the_end(tmp_path: Path, policy: str) -> None:
+    code, folder = train(tmp_path, policy, "run.max_seconds=1e-6")
+    assert code == DONE
+    stopped = json.loads((folder / "summary.json").read_text())
+    assert stopped["complete"] is False and "final" not in stopped["success"]
+    code, _ = train(tmp_path, policy, resume=True)
+    assert code == DONE
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["complete"] is True and summary["steps"] == 3
+    found = audit(folder / "ledger" / FILE, groups_per_step=P)
+    assert (found.trained, found.unused, found.twice, found.unknown) == (3 * P * 3, (), (), ())
+
+
+def test_a_killed_run_takes_the_same_steps_again(tmp_path: Path, policy: str) -> None:
+    """Killed before the checkpoint of step 4 was whole: steps 3 and 4 are trained again on what is
+    on record, to the same weights, and nothing is played again."""
+    _, folder = train(tmp_path, policy, "run.steps=4")
+    before = read(folder / "ledger" / FILE)
+    shutil.rmtree(folder / "checkpoints" / "step-4")
+    (folder / "summary.json").unlink()
+    code, _ = train(tmp_path, policy, "run.steps=4", resume=True)
+    assert code == DONE
+    after = read(folder / "ledger" / FILE)
+    assert after.checksums == before.checksums
+    assert after.trained == before.trained
+    for ticket, attempts in before.rollouts.items():
+        assert after.rollouts[ticket] == attempts
+    found = audit(folder / "ledger" / FILE, groups_per_step=P)
+    assert (found.unused, found.twice, found.unknown) == ((), (), ())
+
+
+def test_the_configuration_of_these_tests_is_valid(tmp_path: Path) -> None:
+    loaded = load(write_config(tmp_path, "tiny"))
+    assert loaded.config.cluster.address == "none"
