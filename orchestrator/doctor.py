@@ -158,7 +158,7 @@ def check_shared_memory(size_bytes: int = 1 << 20) -> Check:
     try:
         segment = shared_memory.SharedMemory(create=True, size=size_bytes)
     except OSError as error:
-        remedy = "weights.channel = 'shared_memory' needs it; in a container: --shm-size=1g"
+        remedy = "weights reach the engines through it; in a container: --shm-size=1g"
         found = f"cannot be made: {error.strerror}"
         return Check(
             group="works", name="shared memory", status=Status.FAIL, found=found, remedy=remedy

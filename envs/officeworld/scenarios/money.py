@@ -115,7 +115,11 @@ SCENARIOS = (
     Scenario(
         name="pay_person",
         difficulty=1,
-        compact=("pay {name} {amount}", "pay {amount} to {name}", "please pay {name} {amount}"),
+        compact=(
+            "pay {name} {amount}",
+            "please pay {amount} to {name}",
+            "please pay {name} {amount}",
+        ),
         full=(
             "Pay {amount} coins to {name}.",
             "{name} should get {amount} coins from your account.",
@@ -128,8 +132,8 @@ SCENARIOS = (
         difficulty=1,
         compact=(
             "{verb} request of {name}",
+            "please {verb} what {name} request",
             "please {verb} request of {name}",
-            "{verb} request of {name} please",
         ),
         full=(
             "There is an open payment request of {name}: {verb} it.",
@@ -143,7 +147,7 @@ SCENARIOS = (
         difficulty=2,
         compact=(
             "pay {name} {amount} or text no",
-            "pay {amount} to {name} or text no",
+            "please pay {amount} to {name} or text no",
             "please pay {name} {amount} or text no",
         ),
         full=(
@@ -158,7 +162,7 @@ SCENARIOS = (
         difficulty=3,
         compact=(
             "pay {name} {amount} and text {word}",
-            "pay {amount} to {name} and text {word}",
+            "please pay {amount} to {name} and text {word}",
             "please pay {name} {amount} and text {word}",
         ),
         full=(
@@ -173,7 +177,7 @@ SCENARIOS = (
         difficulty=3,
         compact=(
             "pay {name} what message says",
-            "pay what message of {name} says",
+            "please pay what message of {name} says",
             "please pay {name} what message says",
         ),
         full=(
@@ -188,7 +192,7 @@ SCENARIOS = (
         difficulty=3,
         compact=(
             "charge guests of {title} {day} {amount}",
-            "charge {amount} to guests of {title} {day}",
+            "please charge {amount} to guests of {title} {day}",
             "please charge guests of {title} {day} {amount}",
         ),
         full=(

@@ -74,7 +74,11 @@ SCENARIOS = (
     Scenario(
         name="text_id",
         difficulty=1,
-        compact=("text {person} {word}", "text {word} to {person}", "please text {person} {word}"),
+        compact=(
+            "text {person} {word}",
+            "please text {word} to {person}",
+            "please text {person} {word}",
+        ),
         full=(
             'Send the message "{word}" to the contact with id {person}.',
             'Contact {person} should receive a message that says "{word}".',
@@ -85,7 +89,11 @@ SCENARIOS = (
     Scenario(
         name="text_person",
         difficulty=1,
-        compact=("text {name} {word}", "text {word} to {name}", "please text {name} {word}"),
+        compact=(
+            "text {name} {word}",
+            "please text {word} to {name}",
+            "please text {name} {word}",
+        ),
         full=(
             'Send {name} the message "{word}".',
             '{name} should receive a message that says "{word}".',
@@ -96,7 +104,7 @@ SCENARIOS = (
     Scenario(
         name="ask_phone",
         difficulty=1,
-        compact=("phone of {name} ?", "what phone of {name} ?", "please phone of {name} ?"),
+        compact=("phone of {name} ?", "please what phone of {name} ?", "please phone of {name} ?"),
         full=(
             "What is the phone extension of {name}? Finish with the number as the answer.",
             "Find out at which extension {name} can be called, and answer with it.",
@@ -109,7 +117,7 @@ SCENARIOS = (
         difficulty=2,
         compact=(
             "set phone of {name} to {phone}",
-            "set {phone} phone of {name}",
+            "please set {phone} phone of {name}",
             "please set phone of {name} to {phone}",
         ),
         full=(
@@ -124,8 +132,8 @@ SCENARIOS = (
         difficulty=2,
         compact=(
             "delete message of {name}",
+            "please delete what {name} message",
             "please delete message of {name}",
-            "delete message of {name} please",
         ),
         full=(
             "Delete the message that {name} sent you.",

@@ -74,7 +74,11 @@ SCENARIOS = (
     Scenario(
         name="cancel_event",
         difficulty=1,
-        compact=("cancel {title} {day}", "cancel {title} of {day}", "please cancel {title} {day}"),
+        compact=(
+            "cancel {title} {day}",
+            "please cancel {title} of {day}",
+            "please cancel {title} {day}",
+        ),
         full=(
             'Cancel the event "{title}" on {day}.',
             'The event "{title}" of {day} will not take place; delete it from the calendar.',
