@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -71,7 +72,10 @@ def save_model(
     the model came from.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder, state_dict={name: t.detach() for name, t in tensors.items()})
+    try:
+        model.save_pretrained(folder, state_dict={name: t.detach() for name, t in tensors.items()})
+    except SafetensorError as error:
+        raise OSError(f"{folder}: {error}") from error
     origin = Path(source).expanduser()
     if origin.is_dir():
         for file in sorted(origin.iterdir()):
@@ -95,8 +99,12 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def save_state(state: Mapping[str, object], file: Path) -> None:
-    """Write a trainer state that `torch.load(weights_only=True)` reads."""
-    torch.save(dict(state), file)
+    """Write a trainer state that `torch.load(weights_only=True)` reads. Raises `OSError` where the
+    disk does not take it."""
+    try:
+        torch.save(dict(state), file)
+    except RuntimeError as error:
+        raise OSError(f"{file}: {str(error).splitlines()[0]}") from error
     flush_folder(file.parent)
 
 

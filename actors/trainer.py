@@ -14,7 +14,7 @@ import torch
 from loopwright.actors.model_files import load_tensors, save_model, save_state
 from loopwright.actors.packed_forward import Sequences
 from loopwright.actors.torch_backend import TorchBackend, TrainerSettings
-from loopwright.actors.weights import SharedWeights, WeightManifest, checksum
+from loopwright.actors.weights import SharedWeights, WeightManifest, checksum, unlink_stale
 from loopwright.algorithms.records import TrainBatch, decode
 
 STATE_FILE = "trainer_state.pt"
@@ -70,6 +70,8 @@ class Trainer:
         tensors = self.backend.published_tensors()
         if self._shared is None:
             self._shared = SharedWeights.create(self.run_name, tensors)
+        else:  # every engine has taken this process's first manifest: a killed trainer's can go
+            unlink_stale(self.run_name)
         return self._shared.write(version, tensors)
 
     def save(self, path: str) -> dict[str, float]:
@@ -136,3 +138,4 @@ class Trainer:
         if self._shared is not None:
             self._shared.close()
             self._shared = None
+        unlink_stale(self.run_name)

@@ -20,6 +20,7 @@ segment; the kernel drops the lock when the writer dies, however it dies, which 
 import fcntl
 import mmap
 import os
+import re
 import secrets
 import struct
 import zlib
@@ -170,9 +171,10 @@ def unlink_stale(name: str = "", *, keep: str = "") -> list[str]:
     engines that start before the next publish. Segments of living writers are never touched.
     """
     removed = []
-    pattern = f"{SEGMENT_PREFIX}{name}-*" if name else f"{SEGMENT_PREFIX}*"
-    for path in sorted(SEGMENT_FOLDER.glob(pattern)):
-        if path.name == keep:
+    run = re.escape(name) if name else ".+"  # "a" is not "a-b", whose segments begin with it
+    wanted = re.compile(rf"{SEGMENT_PREFIX}{run}-[0-9]+-[0-9a-f]{{8}}")
+    for path in sorted(SEGMENT_FOLDER.glob(f"{SEGMENT_PREFIX}*")):
+        if path.name == keep or not wanted.fullmatch(path.name):
             continue
         try:
             with path.open("rb") as file:

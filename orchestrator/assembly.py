@@ -10,9 +10,9 @@ from loopwright.actors.episode import EpisodeLimits
 from loopwright.actors.vllm_setup import VLLM_CPU_ENVIRONMENT
 from loopwright.configs.schema import Config
 from loopwright.envs import registry
-from loopwright.envs.protocol import Env
+from loopwright.envs.protocol import Env, EnvError
 from loopwright.orchestrator.cluster import Actor, Cluster, Needs, Placement, connect
-from loopwright.orchestrator.faults import RestartBudget, RunError
+from loopwright.orchestrator.faults import Refused, RestartBudget
 from loopwright.orchestrator.pool import Deadlines, FaultLimits, Pool
 from loopwright.orchestrator.recorder import Recorder
 from loopwright.orchestrator.training import Training
@@ -53,8 +53,17 @@ def open_cluster(config: Config, recorder: Recorder) -> Cluster:
 
 def build_environment(config: Config) -> Env:
     """An environment in this process: the controller draws tasks from it and asks it for
-    budgets."""
-    return registry.load(config.environment.name, config.environment.options)
+    budgets. Raises `Refused` for one that does not load or cannot be constructed."""
+    name, options = config.environment.name, dict(config.environment.options)
+    try:
+        return registry.load(name, options)
+    except EnvError as error:
+        raise Refused(str(error)) from error
+    except Exception as error:  # the constructor is plugin code
+        raise Refused(
+            f"environment.name = {name!r}: its constructor raised {type(error).__name__}: {error} "
+            f"(environment.options = {options})"
+        ) from error
 
 
 def episode_limits(config: Config, env: Env, *, evaluation: bool) -> EpisodeLimits:
@@ -215,7 +224,7 @@ def check_model(path: str) -> None:
     folder = Path(path)
     looks_local = folder.is_absolute() or path.startswith((".", "~")) or folder.exists()
     if looks_local and not (folder / "config.json").is_file():
-        raise RunError(
+        raise Refused(
             f"model.path = {path!r}: no config.json there; expected a Hugging Face model folder, "
             'a hub id such as "organisation/name", or "tiny"'
         )

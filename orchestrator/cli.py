@@ -7,11 +7,13 @@ anything was started · 3 stopped on request with a checkpoint, `--resume` goes 
 import argparse
 import asyncio
 import sys
+import traceback
 from collections.abc import Sequence
 
 from loopwright.configs.load import ConfigError, Loaded, load, render
 from loopwright.envs.protocol import EnvError
-from loopwright.orchestrator.faults import RunError
+from loopwright.orchestrator.faults import Refused, RunError
+from loopwright.orchestrator.trackers import TrackerError
 
 DONE, FAILED, REFUSED, STOPPED = 0, 1, 2, 3
 
@@ -107,12 +109,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         return _COMMANDS[arguments.command](arguments)
-    except ConfigError as error:
+    except (ConfigError, Refused) as error:
         return _complain(error, REFUSED)
-    except (RunError, EnvError) as error:
+    except (RunError, EnvError, TrackerError) as error:
         return _complain(error, FAILED)
     except KeyboardInterrupt:
         return _complain("stopped before training began; train --resume goes on", STOPPED)
+    except Exception as error:  # noqa: BLE001 the last line is the reason, whatever it is
+        traceback.print_exc()
+        return _complain(f"{type(error).__name__}: {error}", FAILED)
 
 
 def _complain(what: object, code: int) -> int:

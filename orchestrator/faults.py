@@ -1,6 +1,7 @@
 """What can go wrong on the way to an actor, and how a run ends.
 
 RunError                 the run ends, the text is the last line of its log
+  Refused                nothing was started; a setting or a path is to be changed first
   ActorLost              the process died or its node did; the supervisor restarts it
     ActorGone            it will not come back: its constructor failed
   DeadlinePassed         nothing came back in time; the text says who was to answer and what
@@ -9,6 +10,10 @@ RunError                 the run ends, the text is the last line of its log
 
 class RunError(Exception):
     """The run cannot go on; the text says what, which value, the limit and the remedy."""
+
+
+class Refused(RunError):
+    """The run cannot begin; nothing was started, nothing is left behind."""
 
 
 class ActorLost(RunError):

@@ -48,6 +48,7 @@ async def evaluate_target(target: str, config_path: str, overrides: Sequence[str
                 progress=recorder.progress("evaluate"),
             )
             await actors.pool.close()
+            await actors.training.close()
         finally:
             await asyncio.to_thread(cluster.shutdown)
             await env.close()

@@ -165,15 +165,15 @@ class Parts:
         final = self.folder / "checkpoints" / f"step-{step}"
         aside = final.with_name(f"{final.name}.partial")
         with self.recorder.timed("checkpoint"):
-            await self.training.save(aside, step)
             try:
+                await self.training.save(aside, step)
                 state = {"step": step, **self.recorder.state()}
                 (aside / "run_state.json").write_text(json.dumps(state, indent=1))
                 await asyncio.to_thread(_put_in_place, aside, final)
             except OSError as error:
                 raise LedgerError(
-                    f"cannot write {final}: {error.strerror}; the ledger holds every finished "
-                    "rollout: free space, then run the same command with --resume"
+                    f"cannot write {final}: {error.strerror or error}; the ledger holds every "
+                    "finished rollout: free space, then run the same command with --resume"
                 ) from error
         self.training.saved(final, step)
         self.ledger.checkpoint(step)
@@ -181,6 +181,11 @@ class Parts:
         self.recorder.event("checkpoint", step=step, path=str(final))
         self._drop_checkpoints()
         return final
+
+    async def close(self) -> None:
+        """Stop recovering actors, and let go of the shared memory."""
+        await self.pool.close()
+        await self.training.close()
 
     def _drop_checkpoints(self) -> None:
         kept = checkpoints(self.folder)

@@ -9,19 +9,26 @@ were cut off again.
 import asyncio
 import zlib
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from loopwright.actors.engine import EngineError, EngineStats, OnUpdate, UpdateReport
-from loopwright.actors.env_worker import EpisodeOrder
-from loopwright.actors.episode import ENGINE_FAULT, EpisodeLimits
+from loopwright.actors.env_worker import EpisodeOrder, WorkerLost
+from loopwright.actors.episode import ENGINE_FAULT, EngineLost, EpisodeLimits
 from loopwright.actors.weights import WeightManifest
 from loopwright.algorithms.records import Outcome, Rollout, decode
 from loopwright.envs.protocol import Task, encode_task
 from loopwright.orchestrator.cluster import Actor, first_exception
-from loopwright.orchestrator.faults import ActorLost, DeadlinePassed, RestartBudget, RunError
+from loopwright.orchestrator.faults import (
+    ActorGone,
+    ActorLost,
+    DeadlinePassed,
+    RestartBudget,
+    RunError,
+)
 
+T = TypeVar("T")
 Event = Callable[..., None]  # event(kind, **fields)
 
 
@@ -56,6 +63,8 @@ class _Member:
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     episodes: int = 0
     stats: EngineStats | None = None
+    pid: int = 0
+    life: int = 0  # how often it was lost; a late report about a former life is no news
 
 
 class Pool:
@@ -138,12 +147,14 @@ class Pool:
                 priority=priority,
                 limits=limits,
             )
+            life = engine.life
             encoded = await self._play_once(engine, worker, order, task)
             if encoded is None:
                 continue
             rollout: Rollout = decode(encoded)
             if rollout.outcome is Outcome.INFRA_FAULT and rollout.fault.startswith(ENGINE_FAULT):
-                self._recover(engine, rollout.fault)
+                if life == engine.life:
+                    self._recover(engine, rollout.fault)
                 continue
             self._count(rollout, task)
             environment_faults += rollout.outcome is Outcome.INFRA_FAULT
@@ -162,6 +173,20 @@ class Pool:
                 self._broken.result()
             await asyncio.gather(*(self._ping(m) for m in self._engines + self._workers))
 
+    async def watched(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await `work` while watching: for what is played before the loop watches for itself."""
+        working = asyncio.create_task(work)
+        watching = asyncio.create_task(self.watch())
+        try:
+            await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                watching.result()
+            return await working
+        finally:
+            working.cancel()
+            watching.cancel()
+            await asyncio.gather(working, watching, return_exceptions=True)
+
     async def close(self) -> None:
         """Stop recovering. The actors are the cluster's to end."""
         for task in self._recovering.values():
@@ -175,6 +200,7 @@ class Pool:
     ) -> bytes | None:
         engine.episodes += 1
         worker.episodes += 1
+        life = worker.life
         try:
             encoded: bytes = await worker.actor.call(
                 "play",
@@ -182,8 +208,9 @@ class Pool:
                 timeout_s=order.limits.timeout_s + self._deadlines.hang_s,
                 waiting_for=f"episode {task.id}, attempt {order.attempt}",
             )
-        except (ActorLost, DeadlinePassed) as error:
-            self._recover(worker, str(error), kill=isinstance(error, DeadlinePassed))
+        except (ActorLost, DeadlinePassed, WorkerLost) as error:
+            if life == worker.life:
+                self._recover(worker, str(error), kill=isinstance(error, DeadlinePassed))
             return None
         finally:
             engine.episodes -= 1
@@ -229,7 +256,8 @@ class Pool:
         if member in self._recovering or self._broken.done():
             return
         member.ready.clear()
-        self._event("actor_lost", actor=member.actor.name, why=why)
+        member.life += 1
+        self._event("actor_lost", actor=member.actor.name, pid=member.pid, why=why)
         try:
             self._restarts.spend(why)
         except RunError as error:
@@ -248,11 +276,15 @@ class Pool:
         started = asyncio.get_running_loop().time()
         if kill:
             await member.actor.restart()
-        async with asyncio.timeout(self._deadlines.start_s):
-            engine = member in self._engines
-            await self._until_it_answers(
-                self._refill_engine if engine else self._start_worker, member
-            )
+        start = self._refill_engine if member in self._engines else self._start_worker
+        try:
+            async with asyncio.timeout(self._deadlines.start_s):
+                await self._until_it_answers(start, member)
+        except TimeoutError:
+            raise DeadlinePassed(
+                f"{member.actor.name}: lost, and not back within {self._deadlines.start_s:g} s; "
+                "look into its log, or raise cluster.start_timeout_s"
+            ) from None
         seconds = asyncio.get_running_loop().time() - started
         self._event("actor_back", actor=member.actor.name, seconds=round(seconds, 3))
 
@@ -264,7 +296,9 @@ class Pool:
         while True:
             try:
                 return await start(member)
-            except ActorLost:
+            except ActorGone:
+                raise
+            except (ActorLost, EngineLost):
                 await asyncio.sleep(0.2)
 
     async def _refill_engine(self, member: _Member) -> None:
@@ -274,19 +308,26 @@ class Pool:
             await self._publish_to(member)
 
     async def _start_engine(self, member: _Member) -> None:
-        await member.actor.call(
+        pid = await member.actor.call(
             "start", timeout_s=self._deadlines.start_s, waiting_for="engine to load"
         )
+        self._up(member, pid)
 
     async def _start_worker(self, member: _Member) -> None:
         clients = [m.actor.generate_client() for m in self._engines]
-        await member.actor.call(
+        pid = await member.actor.call(
             "start",
             clients,
             timeout_s=self._deadlines.start_s,
             waiting_for="environment worker to start",
         )
+        self._up(member, pid)
         member.ready.set()
+
+    def _up(self, member: _Member, pid: int) -> None:
+        if pid != member.pid:
+            member.pid = pid
+            self._event("actor_up", actor=member.actor.name, pid=pid)
 
     async def _publish_to(self, member: _Member) -> UpdateReport | None:
         manifest = self._manifest
@@ -299,7 +340,7 @@ class Pool:
                 timeout_s=self._deadlines.publish_s,
                 waiting_for=f"weights of version {manifest.version}",
             )
-        except (ActorLost, DeadlinePassed) as error:
+        except (ActorLost, DeadlinePassed, EngineLost) as error:
             if member in self._recovering:
                 raise
             self._recover(member, str(error), kill=isinstance(error, DeadlinePassed))
@@ -328,10 +369,12 @@ class Pool:
         except (ActorLost, DeadlinePassed) as error:
             self._recover(member, str(error), kill=isinstance(error, DeadlinePassed))
             return
-        if member in self._engines:
-            member.stats = answer
-            if answer is None:  # Ray restarted it between two pings
-                self._recover(member, f"{member.actor.name}: restarted")
+        if member not in self._engines:
+            restarted = answer["pid"] != member.pid
+        else:
+            member.stats, restarted = answer, answer is None
+        if restarted and member.ready.is_set():  # died and came back between two pings
+            self._recover(member, f"{member.actor.name}: restarted")
 
 
 def episode_seed(run_seed: int, task: Task, attempt: int) -> int:

@@ -17,7 +17,7 @@ from loopwright.orchestrator import assembly, warm_start
 from loopwright.orchestrator.buffer import GroupBuffer
 from loopwright.orchestrator.cluster import Cluster
 from loopwright.orchestrator.evaluation import evaluate
-from loopwright.orchestrator.faults import RunError
+from loopwright.orchestrator.faults import Refused, RunError
 from loopwright.orchestrator.ledger import Ledger
 from loopwright.orchestrator.loop import train
 from loopwright.orchestrator.parts import Parts, checkpoints, read_run_state
@@ -47,8 +47,8 @@ async def run(loaded: Loaded, *, resume: bool) -> Ended:
     """Run to the end. Raises `RunError` (or `EnvError`) with the reason; what was earned is in the
     run's folder."""
     config = loaded.config
-    folder = prepare_folder(loaded, resume)
     env = assembly.build_environment(config)
+    folder = prepare_folder(loaded, resume)
     whole = checkpoints(folder) if resume else []
     state = read_run_state(whole[-1][1]) if whole else None
     with (
@@ -69,8 +69,11 @@ async def run(loaded: Loaded, *, resume: bool) -> Ended:
                 parts = await _start(
                     config, folder, env, cluster, recorder, ledger, whole[-1] if whole else None
                 )
-            with _stop_on_signals(parts.stop):
-                return await _train(config, parts)
+            try:
+                with _stop_on_signals(parts.stop):
+                    return await _train(config, parts)
+            finally:
+                await parts.close()
         finally:
             await asyncio.to_thread(cluster.shutdown)
             await env.close()
@@ -94,19 +97,23 @@ def prepare_folder(loaded: Loaded, resume: bool) -> Path:
     folder = run_folder(config)
     started = (folder / "config.toml").exists()
     if started and not resume:
-        raise RunError(
+        raise Refused(
             f"{folder} holds a run already: add --resume to go on with it, "
             "--set run.name=... to start another, or remove the folder"
         )
     if resume and not started:
-        raise RunError(f"--resume: there is no run in {folder}; start it without --resume")
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < _MIN_FREE_BYTES:
-        raise RunError(
-            f"{folder} has {free >> 20} MiB of free disk, a run needs {_MIN_FREE_BYTES >> 20} MiB"
-        )
-    (folder / "config.toml").write_text(render(loaded))
+        raise Refused(f"--resume: there is no run in {folder}; start it without --resume")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if free < _MIN_FREE_BYTES:
+            raise Refused(
+                f"{folder} has {free >> 20} MiB of free disk, a run needs "
+                f"{_MIN_FREE_BYTES >> 20} MiB: free space, or set run.dir"
+            )
+        (folder / "config.toml").write_text(render(loaded))
+    except OSError as error:
+        raise Refused(f"{folder}: {error.strerror}; set run.dir to a folder to write in") from error
     return folder
 
 
@@ -124,15 +131,23 @@ async def _start(
     plan = await warm_start.prepare(config, folder, env, cluster, recorder)
     parts = _parts(config, folder, env, cluster, recorder, ledger, plan, checkpoint)
     recorder.phase("starting trainer, engines and environment workers")
-    if checkpoint is not None or plan.finished:
+    try:
         await _bring_up(parts, plan, checkpoint)
         if checkpoint is None:
-            recorder.success["warm_start"] = await parts.evaluate(0)
-    else:
-        await _bring_up(parts, plan, None)
-        await _initial_and_clone(parts, plan)
+            await parts.pool.watched(_measure(parts, plan))
+    except BaseException:
+        await parts.close()
+        raise
     recorder.success.setdefault("initial", recorder.success.get("warm_start", 0.0))
     return parts
+
+
+async def _measure(parts: Parts, plan: warm_start.Plan) -> None:
+    """Success of version 0, and of what was there before cloning."""
+    if plan.finished:
+        parts.recorder.success["warm_start"] = await parts.evaluate(0)
+    else:
+        await _initial_and_clone(parts, plan)
 
 
 async def _bring_up(
@@ -234,12 +249,19 @@ async def _train(config: Config, parts: Parts) -> Ended:
         if version and (not newest or newest[-1][0] < version):
             await parts.checkpoint(version)
     finally:
-        await parts.pool.close()
-        draw(parts.folder / "curve.png", recorder.summary())
+        # without room on the disk there is none for a picture either, and that is not the reason
+        with contextlib.suppress(OSError):
+            draw(parts.folder / "curve.png", recorder.summary())
     if complete:
         recorder.success["final"] = recorder.summary()["curve"][-1][1]
     summary = recorder.summary() | {"name": config.run.name, "complete": complete}
-    write_json(parts.folder / "summary.json", summary)
+    try:
+        write_json(parts.folder / "summary.json", summary)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {parts.folder}/summary.json: {error.strerror}; the last checkpoint is "
+            "whole: free space, then run the same command with --resume"
+        ) from error
     return Ended(folder=parts.folder, summary=summary, complete=complete)
 
 

@@ -6,6 +6,7 @@ same order give the same weights), and the call that was cut off is made again.
 """
 
 import asyncio
+import contextlib
 import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -13,9 +14,16 @@ from typing import Any, TypeVar
 
 from loopwright.actors.weights import WeightManifest
 from loopwright.orchestrator.cluster import Actor
-from loopwright.orchestrator.faults import ActorLost, DeadlinePassed, RestartBudget
+from loopwright.orchestrator.faults import (
+    ActorGone,
+    ActorLost,
+    DeadlinePassed,
+    RestartBudget,
+    RunError,
+)
 
 T = TypeVar("T")
+_CLOSE_S = 10.0
 
 
 class Training:
@@ -39,6 +47,7 @@ class Training:
         self._checkpoint: Path | None = None
         self._since: list[tuple[int, bytes]] = []  # steps taken after the checkpoint
         self._initial = initial  # model path of version 0
+        self._pid = 0  # of the process that holds the state; another one knows nothing
 
     async def start(self, checkpoint: Path | None) -> None:
         """Wait for the trainer, and load `checkpoint` if there is one."""
@@ -75,7 +84,7 @@ class Training:
         return await self._robustly(call)
 
     async def save(self, folder: Path, step: int) -> None:
-        """Save weights and trainer state into `folder`, which is made anew."""
+        """Save weights and trainer state into `folder`, which is made anew. Raises `OSError`."""
 
         async def call() -> None:
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
@@ -89,30 +98,36 @@ class Training:
         self._checkpoint = folder
         self._since = [(s, batch) for s, batch in self._since if s > step]
 
-    async def _robustly(self, work: Callable[[], Awaitable[T]]) -> T:
-        while True:
-            try:
-                return await work()
-            except (ActorLost, DeadlinePassed) as error:
-                self._event("actor_lost", actor=self._actor.name, why=str(error))
-                self._restarts.spend(str(error))
-                await self._rebuild(kill=isinstance(error, DeadlinePassed))
+    async def close(self) -> None:
+        """Let go of the shared memory. The process is the cluster's to end."""
+        with contextlib.suppress(RunError):  # a dead trainer's is dropped by the next of this run
+            await self._actor.call("close", timeout_s=_CLOSE_S, waiting_for="trainer to close")
 
-    async def _rebuild(self, *, kill: bool) -> None:
-        started = asyncio.get_running_loop().time()
+    async def _robustly(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do it, and if the trainer is lost meanwhile, rebuild it and do it again."""
+        lost: RunError | None = None
+        began = 0.0
         while True:
             try:
-                if kill:
-                    await self._actor.restart()
-                await self._load()
-                for step, batch in self._since:
-                    await self._call("step", step, batch, waiting_for=f"step {step}, again")
-                break
-            except ActorLost as error:
-                kill = False
+                if lost is not None:
+                    await self._rebuild(lost, began)
+                    lost = None
+                return await work()
+            except ActorGone:
+                raise
+            except (ActorLost, DeadlinePassed) as error:
+                self._event("actor_lost", actor=self._actor.name, pid=self._pid, why=str(error))
                 self._restarts.spend(str(error))
-                await asyncio.sleep(0.5)
-        seconds = asyncio.get_running_loop().time() - started
+                lost, began = error, asyncio.get_running_loop().time()
+
+    async def _rebuild(self, lost: RunError, began: float) -> None:
+        if isinstance(lost, DeadlinePassed):
+            await self._actor.restart()
+        await self._until_it_answers()
+        await self._load()
+        for step, batch in self._since:
+            await self._call("step", step, batch, waiting_for=f"step {step}, again")
+        seconds = asyncio.get_running_loop().time() - began
         self._event(
             "actor_back",
             actor=self._actor.name,
@@ -120,8 +135,35 @@ class Training:
             steps_again=len(self._since),
         )
 
+    async def _until_it_answers(self) -> None:
+        """While Ray restarts it, calls fail at once; later ones wait for it."""
+        try:
+            async with asyncio.timeout(self._start_s):
+                while True:
+                    try:
+                        return await self._ping()
+                    except ActorGone:
+                        raise
+                    except ActorLost:
+                        await asyncio.sleep(0.2)
+        except TimeoutError:
+            raise DeadlinePassed(
+                f"{self._actor.name}: lost, and not back within {self._start_s:g} s; look into its "
+                "log, or raise cluster.start_timeout_s"
+            ) from None
+
+    async def _ping(self) -> None:
+        answer = await self._actor.call(
+            "ping", timeout_s=self._start_s, waiting_for="trainer to start"
+        )
+        pid = int(answer["pid"])
+        if pid != self._pid:
+            self._pid = pid
+            self._event("actor_up", actor=self._actor.name, pid=pid)
+
     async def _load(self) -> None:
-        await self._call("ping", waiting_for="trainer to start", timeout_s=self._start_s)
+        """Wait for the trainer, and put it at the newest checkpoint, or at the beginning."""
+        await self._ping()
         if self._checkpoint is not None:
             await self._call(
                 "load", str(self._checkpoint), waiting_for=f"load of {self._checkpoint}"
@@ -129,9 +171,12 @@ class Training:
         else:
             await self._call("reset", self._initial, waiting_for=f"load of {self._initial}")
 
-    async def _call(
-        self, method: str, *args: Any, waiting_for: str, timeout_s: float | None = None
-    ) -> Any:
+    async def _call(self, method: str, *args: Any, waiting_for: str) -> Any:
+        """Call the process that holds the state. One that Ray restarted since answers too, as if
+        nothing had been trained: so its process id is asked for first."""
+        answer = await self._actor.call("ping", timeout_s=self._step_s, waiting_for=waiting_for)
+        if int(answer["pid"]) != self._pid:
+            raise ActorLost(f"{self._actor.name}: restarted before {waiting_for}")
         return await self._actor.call(
-            method, *args, timeout_s=timeout_s or self._step_s, waiting_for=waiting_for
+            method, *args, timeout_s=self._step_s, waiting_for=waiting_for
         )

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from loopwright.configs.load import load
-from loopwright.orchestrator.cli import DONE, FAILED
+from loopwright.orchestrator.cli import DONE, REFUSED
 from loopwright.orchestrator.ledger import FILE, audit, read
 from loopwright.orchestrator.parts import checkpoints
 from loopwright.orchestrator.replay import replay
 from tests.tiny_run import train, write_config
 
-P = 2  # groups per step
+P, K = 2, 4  # groups per step, rollouts per group
 
 
 def test_a_run_leaves_summary_curve_ledger_and_checkpoints(tmp_path: Path, policy: str) -> None:
@@ -25,7 +25,7 @@ def test_a_run_leaves_summary_curve_ledger_and_checkpoints(tmp_path: Path, polic
     assert set(summary["lag"]) == {"max", "mean"}
     assert 0 <= summary["lag"]["mean"] <= summary["lag"]["max"] <= 1
     assert (summary["steps"], summary["publishes"], summary["restarts"]) == (3, 4, 0)
-    assert summary["episodes"] >= 3 * P * 3
+    assert summary["episodes"] >= 3 * P * K
     assert summary["tokens"]["generated"] > 0 and summary["tokens"]["trained"] > 0
     assert summary["seconds"]["total"] > summary["seconds"]["train"] > 0
     assert summary["mismatch"]["abs_mean"] >= 0
@@ -33,7 +33,7 @@ def test_a_run_leaves_summary_curve_ledger_and_checkpoints(tmp_path: Path, polic
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert [step for step, _ in checkpoints(folder)] == [2, 3]
     found = audit(folder / "ledger" / FILE, groups_per_step=P)
-    assert (found.trained, found.unused, found.twice, found.unknown) == (3 * P * 3, (), (), ())
+    assert (found.trained, found.unused, found.twice, found.unknown) == (3 * P * K, (), (), ())
     assert load(folder / "config.toml").config.run.steps == 3
 
 
@@ -59,7 +59,7 @@ def test_a_folder_with_a_run_is_not_overwritten(
     assert train(tmp_path, policy, "run.steps=0")[0] == DONE
     before = sorted(p.name for p in (tmp_path / "runs" / "tiny").iterdir())
     code, folder = train(tmp_path, policy, "run.steps=0")
-    assert code == FAILED
+    assert code == REFUSED
     told = capsys.readouterr().err.splitlines()[-1]
     assert "holds a run already" in told and "--resume" in told
     assert sorted(p.name for p in folder.iterdir()) == before
@@ -69,7 +69,7 @@ def test_resume_of_nothing_is_refused(
     tmp_path: Path, policy: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, folder = train(tmp_path, policy, resume=True)
-    assert code == FAILED
+    assert code == REFUSED
     assert "no run in" in capsys.readouterr().err
     assert not folder.exists()
 
@@ -84,7 +84,7 @@ def test_a_run_stopped_by_its_time_is_resumed_to_the_end(tmp_path: Path, policy:
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["complete"] is True and summary["steps"] == 3
     found = audit(folder / "ledger" / FILE, groups_per_step=P)
-    assert (found.trained, found.unused, found.twice, found.unknown) == (3 * P * 3, (), (), ())
+    assert (found.trained, found.unused, found.twice, found.unknown) == (3 * P * K, (), (), ())
 
 
 def test_a_killed_run_takes_the_same_steps_again(tmp_path: Path, policy: str) -> None:
