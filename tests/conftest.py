@@ -7,5 +7,5 @@ from tests.tiny_run import clone_policy
 
 @pytest.fixture(scope="session")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of a cloned tiny policy for officeworld's easiest tasks."""
+    """Folder of a tiny policy that solves one of officeworld's easiest tasks now and then."""
     return clone_policy(tmp_path_factory.mktemp("policy"))

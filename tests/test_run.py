@@ -103,6 +103,7 @@ def test_a_killed_run_takes_the_same_steps_again(tmp_path: Path, policy: str) ->
         assert after.rollouts[ticket] == attempts
     found = audit(folder / "ledger" / FILE, groups_per_step=P)
     assert (found.unused, found.twice, found.unknown) == ((), (), ())
+    assert len(set(after.checksums.values())) == 4, "a step changed nothing: the test shows little"
 
 
 def test_the_configuration_of_these_tests_is_valid(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A whole run in this process, in seconds: real environment, engine, trainer, ledger; tiny sizes."""
+"""A whole run in one process, in seconds: real world, engine, trainer, ledger; tiny sizes."""
 
 import asyncio
 from itertools import islice
@@ -10,13 +10,14 @@ from loopwright.actors.warm_start import WarmStarter
 from loopwright.envs import registry
 from loopwright.orchestrator.cli import main
 
-WORLD: dict[str, Any] = {"action_format": "call", "style": "compact", "difficulty": [1]}
+WORLD: dict[str, Any] = {"action_format": "call", "style": "compact", "scenarios": ["ask_phone"]}
 
 _CONFIG = """
 [run]
 name = "tiny"
 dir = "{dir}"
 steps = 3
+seed = 3
 eval_every = 0
 checkpoint_every = 2
 trackers = ["jsonl"]
@@ -34,13 +35,13 @@ vocab_size = 400
 
 [environment]
 name = "officeworld"
-options = {{ action_format = "call", style = "compact", difficulty = [1] }}
+options = {{ action_format = "call", style = "compact", scenarios = ["ask_phone"] }}
 max_turns = 4
 max_new_tokens = 12
 max_context = 256
 
 [rollout]
-group_size = 3
+group_size = 4
 groups_per_step = 2
 max_lag = 1
 
@@ -62,7 +63,7 @@ async def recorded(count: int) -> list[Demonstration]:
     return [await demonstrate(env, task) for task in islice(env.tasks("train", 1), count)]
 
 
-def clone_policy(folder: Path, *, demonstrations: int = 40, steps: int = 60) -> str:
+def clone_policy(folder: Path, *, demonstrations: int = 60, steps: int = 80) -> str:
     """Build a tiny policy in `folder` and clone a few demonstrations into it; its path."""
     found = asyncio.run(recorded(demonstrations))
     shape = {
