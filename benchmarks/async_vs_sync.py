@@ -1,0 +1,183 @@
+"""Asynchronous against synchronous training on the same work, one run after the other.
+
+    PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/async_vs_sync.py [--model FOLDER] [--out ...]
+
+The same configuration, seed, policy and number of steps, with `rollout.max_lag` 0, 1 and 2; all of
+a run (Ray, trainer, engine, environment worker, controller) shares `--cores` CPUs. The learning
+rate is close to 0, so that every run samples from the same policy and its episodes are as long.
+A step's seconds are those between the records of two steps, after the first `--skip` steps; the
+runs hold no evaluation and no checkpoint in between.
+
+Beside the measured ratio stands the bound 1 / max(g, t): g and t are the shares of a synchronous
+step spent generating and training (with publishing); perfect overlap leaves the longer of the two.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+_ALWAYS = (
+    "run.eval_every=0",
+    "run.checkpoint_every=0",
+    'run.trackers=["jsonl"]',
+    "evaluation.tasks=4",
+    "trainer.lr=1e-9",
+    "warm_start.demonstrations=0",
+    "cluster.address=local",
+)
+_TIME_LIMIT_S = 1800
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Means over the measured steps of all repeats with one lag."""
+
+    max_lag: int
+    steps: int
+    step_s: float
+    take_s: float  # the controller waits for rollouts; in a synchronous run: generation
+    train_s: float
+    publish_s: float
+    tokens: float  # generated, per step
+    lag_mean: float
+
+
+def main() -> int:
+    """Measure, print the table, write it."""
+    arguments = _parse()
+    prefix = _pinned(arguments.cores)
+    with tempfile.TemporaryDirectory(prefix="async-vs-sync-") as scratch:
+        folder = Path(scratch)
+        model = arguments.model or _warm_start(prefix, arguments, folder)
+        records: dict[int, list[dict[str, Any]]] = {lag: [] for lag in arguments.lags}
+        for repeat in range(arguments.repeats):
+            for lag in arguments.lags:
+                rows = _train(prefix, arguments, folder, model, lag, repeat)
+                records[lag] += rows[arguments.skip :]
+    timings = [timing(lag, rows) for lag, rows in records.items()]
+    print(table(timings))
+    if arguments.out:
+        figures = {
+            "cores": arguments.cores,
+            "load_1min": os.getloadavg()[0],
+            "settings": [arguments.config, *arguments.overrides],
+            "bound": bound(timings[0]),
+            "timings": [asdict(t) for t in timings],
+        }
+        arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
+    return 0
+
+
+def timing(max_lag: int, rows: Sequence[dict[str, Any]]) -> Timing:
+    """Means of `rows`, metrics of consecutive steps with `step_s` added."""
+
+    def mean(name: str) -> float:
+        return sum(row.get(name, 0.0) for row in rows) / len(rows)
+
+    return Timing(
+        max_lag=max_lag,
+        steps=len(rows),
+        step_s=mean("step_s"),
+        take_s=mean("time/take_s"),
+        train_s=mean("time/train_s"),
+        publish_s=mean("time/publish_s"),
+        tokens=mean("rollout/generated_tokens"),
+        lag_mean=mean("rollout/lag_mean"),
+    )
+
+
+def bound(sync: Timing) -> float:
+    """1 / max(g, t): the ratio if the shorter of the two were hidden completely."""
+    return sync.step_s / max(sync.take_s, sync.train_s + sync.publish_s)
+
+
+def table(timings: Sequence[Timing]) -> str:
+    """One line a lag; ratios to the first, which is synchronous."""
+    sync = timings[0]
+    lines = ["max_lag  s/step   take  train  publish  tokens/step  lag mean  ratio   bound"]
+    for t in timings:
+        limit = f"{bound(sync):5.2f}x" if t.max_lag else "     –"
+        lines.append(
+            f"{t.max_lag:7d}  {t.step_s:6.2f} {t.take_s:6.2f} {t.train_s:6.2f} {t.publish_s:8.2f}"
+            f"  {t.tokens:11.0f}  {t.lag_mean:8.2f}  {sync.step_s / t.step_s:4.2f}x  {limit}"
+        )
+    generating = sync.take_s / sync.step_s
+    training = (sync.train_s + sync.publish_s) / sync.step_s
+    lines.append(f"shares of a synchronous step: g {generating:.2f}, t {training:.2f}")
+    return "\n".join(lines)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default="quickstart", help="preset or .toml file")
+    parser.add_argument("--model", default="", help="policy; default: a short warm start here")
+    parser.add_argument("--lags", type=int, nargs="+", default=[0, 1, 2], help="0 comes first")
+    parser.add_argument("--steps", type=int, default=8, help="of each run")
+    parser.add_argument("--skip", type=int, default=2, help="first steps left out, at least 1")
+    parser.add_argument("--repeats", type=int, default=1, help="rounds over all lags")
+    parser.add_argument("--cores", default="0,1", help="CPUs of everything; empty: not pinned")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=V")
+    parser.add_argument("--out", type=Path, help="write the figures here as JSON")
+    arguments = parser.parse_args()
+    if arguments.lags[0] != 0 or not 1 <= arguments.skip < arguments.steps:
+        parser.error("--lags begins with 0, and 1 <= --skip < --steps")
+    return arguments
+
+
+def _pinned(cores: str) -> list[str]:
+    return ["taskset", "-c", cores] if cores and shutil.which("taskset") else []
+
+
+def _loopwright(prefix: Sequence[str], arguments: Sequence[str]) -> None:
+    command = [*prefix, sys.executable, "-m", "loopwright.orchestrator", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_TIME_LIMIT_S)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)}: exit code {done.returncode}\n{done.stderr}")
+
+
+def _settings(overrides: Sequence[str]) -> list[str]:
+    return [part for override in overrides for part in ("--set", override)]
+
+
+def _warm_start(prefix: Sequence[str], arguments: argparse.Namespace, folder: Path) -> str:
+    print("warm start ...", flush=True)
+    overrides = ["warm_start.demonstrations=400", "warm_start.steps=300", *arguments.overrides]
+    overrides += ["cluster.address=local", f"run.dir={folder}", "run.name=policy"]
+    _loopwright(prefix, ["warmstart", arguments.config, *_settings(overrides)])
+    return str(folder / "policy" / "warm_start")
+
+
+def _train(
+    prefix: Sequence[str],
+    arguments: argparse.Namespace,
+    folder: Path,
+    model: str,
+    lag: int,
+    repeat: int,
+) -> list[dict[str, Any]]:
+    """One run; the metrics of its steps, from the second on with the seconds since the last."""
+    name = f"lag-{lag}-{repeat}"
+    print(f"{name}: {arguments.steps} steps, load {os.getloadavg()[0]:.1f} ...", flush=True)
+    overrides = [*arguments.overrides, *_ALWAYS, f"model.path={model}", f"run.dir={folder}"]
+    overrides += [f"run.name={name}", f"run.steps={arguments.steps}", f"rollout.max_lag={lag}"]
+    _loopwright(prefix, ["train", arguments.config, *_settings(overrides)])
+    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "time/take_s" in row]
+    for before, row in itertools.pairwise(rows):
+        row["step_s"] = row["time/elapsed_s"] - before["time/elapsed_s"]
+    return rows
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
