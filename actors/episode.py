@@ -109,18 +109,21 @@ async def play_episode(
     started = time.monotonic()
     session = f"{task.id}/{attempt}/{seed:x}"
     try:
-        async with asyncio.timeout(limits.timeout_s):
+        async with asyncio.timeout(limits.timeout_s) as deadline:
             rollout = await _play(
                 env, task, attempt, generate, chat, limits, seed, priority, session, progress
             )
-    except TimeoutError:
-        fault = f"timeout: {limits.timeout_s:g} s passed in {progress.phase}, turn {progress.turns}"
     except EngineLost as error:
         fault = f"{ENGINE_FAULT}: {error}"
     except TaskError:
         raise
     except Exception as error:  # noqa: BLE001 a world may raise anything; the fault is data
-        fault = f"{task.environment} raised in {progress.phase}: {type(error).__name__}: {error}"
+        if isinstance(error, TimeoutError) and deadline.expired():  # not one that the world raised
+            fault = f"timeout: {limits.timeout_s:g} s passed in {progress.phase}"
+            fault += f", turn {progress.turns}"
+        else:
+            who = "engine" if progress.phase == "generate" else task.environment
+            fault = f"{who} raised in {progress.phase}: {type(error).__name__}: {error}"
     else:
         return replace(rollout, seconds={**rollout.seconds, "total": time.monotonic() - started})
     return Rollout(
