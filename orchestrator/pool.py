@@ -305,7 +305,7 @@ class Pool:
         await self._start_engine(member)
         # not in the middle of a publish: it would miss the version under way
         async with self._publishing:
-            await self._publish_to(member)
+            await self._update(member)
 
     async def _start_engine(self, member: _Member) -> None:
         pid = await member.actor.call(
@@ -330,6 +330,17 @@ class Pool:
             self._event("actor_up", actor=member.actor.name, pid=pid)
 
     async def _publish_to(self, member: _Member) -> UpdateReport | None:
+        """The engine's report; None if it died: whoever saw that first brings it back, and then it
+        is given the weights."""
+        life = member.life
+        try:
+            return await self._update(member)
+        except (ActorLost, DeadlinePassed, EngineLost) as error:
+            if life == member.life:
+                self._recover(member, str(error), kill=isinstance(error, DeadlinePassed))
+            return None
+
+    async def _update(self, member: _Member) -> UpdateReport:
         manifest = self._manifest
         assert manifest is not None, "publish or start comes first"
         try:
@@ -340,11 +351,6 @@ class Pool:
                 timeout_s=self._deadlines.publish_s,
                 waiting_for=f"weights of version {manifest.version}",
             )
-        except (ActorLost, DeadlinePassed, EngineLost) as error:
-            if member in self._recovering:
-                raise
-            self._recover(member, str(error), kill=isinstance(error, DeadlinePassed))
-            return None
         except EngineError as error:
             raise WeightsNotProven(f"{member.actor.name}: {error}") from error
         expected = dict(zip(manifest.names, manifest.checksums, strict=True))
