@@ -40,6 +40,6 @@ class StepProgress:
             "train/action_tokens": float(batch.action_mask.sum()),
             "train/sequences": float(len(batch.lengths)),
             "train/tokens_per_s": trained / seconds if seconds > 0 else 0.0,
-            "time/train_s": seconds,
+            "time/train_step_s": seconds,
             **{f"time/train_{name}_s": value for name, value in self.seconds.items()},
         }
