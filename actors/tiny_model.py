@@ -42,8 +42,9 @@ CHAT_TEMPLATE = (
 _MERGED_SHARE = 8
 
 
-# Chosen by measurement (docs/decisions/0008-tiny-policy.md): with the usual 0.02 and 10,000 a model of
-# this size takes three times the demonstrations before it copies values from observations at all.
+# Chosen by measurement (docs/decisions/0008-tiny-policy.md): with the usual 0.02 and 10,000 a model
+# of this size takes three times the demonstrations before it copies values from observations at
+# all.
 _INIT_GAIN = 0.7  # times width^-1/2: activations keep their size through a narrow model
 _ROPE_THETA = 1000.0  # wavelengths up to the few hundred tokens of an episode
 

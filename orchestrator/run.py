@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loopwright.configs.load import Loaded, render
+from loopwright.configs.load import Loaded, load, render
 from loopwright.configs.schema import Config
 from loopwright.envs.protocol import Env
 from loopwright.orchestrator import assembly, warm_start
@@ -23,6 +23,7 @@ from loopwright.orchestrator.loop import train
 from loopwright.orchestrator.parts import Parts, checkpoints, read_run_state
 from loopwright.orchestrator.picture import draw
 from loopwright.orchestrator.recorder import Recorder, write_json
+from loopwright.orchestrator.resume import refuse_changes
 from loopwright.orchestrator.tasks import TaskStream
 from loopwright.orchestrator.trackers import Trackers, open_trackers
 
@@ -103,6 +104,8 @@ def prepare_folder(loaded: Loaded, resume: bool) -> Path:
         )
     if resume and not started:
         raise Refused(f"--resume: there is no run in {folder}; start it without --resume")
+    if resume:
+        refuse_changes(load(folder / "config.toml").config, config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free

@@ -121,7 +121,13 @@ async def clone(plan: Plan, recorder: Recorder) -> "CloningReport":
                 plan.demonstrations,
                 plan.base,
                 str(plan.cloned),
-                {"steps": w.steps, "batch": w.batch, "lr": w.lr, "seed": config.run.seed, "until_match": w.until_match},
+                {
+                    "steps": w.steps,
+                    "batch": w.batch,
+                    "lr": w.lr,
+                    "seed": config.run.seed,
+                    "until_match": w.until_match,
+                },
                 timeout_s=config.cluster.step_timeout_s,
                 waiting_for="cloning",
             )

@@ -74,6 +74,20 @@ def test_resume_of_nothing_is_refused(
     assert not folder.exists()
 
 
+def test_resume_under_other_tickets_is_refused(
+    tmp_path: Path, policy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With half the groups per step, tickets that are trained already would be trained again."""
+    _, folder = train(tmp_path, policy, "run.steps=1")
+    before = (folder / "config.toml").read_text()
+    code, _ = train(tmp_path, policy, "run.steps=2", "rollout.groups_per_step=1", resume=True)
+    assert code == REFUSED
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "rollout.groups_per_step = 1, the run has 2" in told
+    assert (folder / "config.toml").read_text() == before
+    assert train(tmp_path, policy, "run.steps=2", "trainer.lr=1e-4", resume=True)[0] == DONE
+
+
 def test_a_run_stopped_by_its_time_is_resumed_to_the_end(tmp_path: Path, policy: str) -> None:
     code, folder = train(tmp_path, policy, "run.max_seconds=1e-6")
     assert code == DONE

@@ -184,6 +184,7 @@ def test_a_process_restarted_between_two_calls_is_noticed(tmp_path: Path) -> Non
 
 
 def test_a_spent_restart_budget_ends_the_run(tmp_path: Path) -> None:
+    faults: dict[tuple[str, int], tuple[Exception, str]]
     faults = {("step", n): (DEATH, "before") for n in range(1, 9)}
     with pytest.raises(RunError, match=r"3 actors were lost, run\.max_restarts allows 2"):
         run(five_steps(training_of(HistoryActor(faults=faults), restarts=2), tmp_path, _batch))
