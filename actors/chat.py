@@ -15,6 +15,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from loopwright.envs.protocol import Message
 
 _STAND_IN = "stand in"
+_STAND_IN_CHAT = [
+    {"role": "user", "content": _STAND_IN},
+    {"role": "assistant", "content": _STAND_IN},
+]
 
 
 class ChatFormatError(Exception):
@@ -35,7 +39,10 @@ class ChatFormat:
                 "set one in its tokenizer_config.json or chat_template.jinja"
             )
         self.tokenizer = tokenizer
-        self.stop_token_ids = self._find_stop_tokens()
+        rendered = self._render(_STAND_IN_CHAT, tools=None, prompt=False)
+        turn_end = rendered.rindex(_STAND_IN) + len(_STAND_IN)
+        self._stand_in = rendered[:turn_end]  # up to the end of the policy's words
+        self.stop_token_ids = self._find_stop_tokens(rendered[turn_end:])
 
     @classmethod
     def load(cls, model_path: str) -> "ChatFormat":
@@ -55,11 +62,9 @@ class ChatFormat:
         `last_token_id` is the turn's last token: where it is a stop token, the template's own is
         not repeated.
         """
-        base = [{"role": "user", "content": _STAND_IN}, {"role": "assistant", "content": _STAND_IN}]
-        before = self._render(base, tools=None, prompt=False)
-        after = self._render(base + _plain(messages), tools=None, prompt=True)
-        turn_end = before.rindex(_STAND_IN) + len(_STAND_IN)
-        if not after.startswith(before[:turn_end]):
+        after = self._render(_STAND_IN_CHAT + _plain(messages), tools=None, prompt=True)
+        turn_end = len(self._stand_in)
+        if not after.startswith(self._stand_in):
             raise ChatFormatError(
                 "the chat template rewrites earlier turns when a message is added; "
                 "a context must be append-only: use a template that keeps them"
@@ -75,17 +80,12 @@ class ChatFormat:
         ids = [int(t) for t in token_ids if int(t) not in self.stop_token_ids]
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
-    def _find_stop_tokens(self) -> tuple[int, ...]:
+    def _find_stop_tokens(self, tail: str) -> tuple[int, ...]:
         """The end-of-sequence token, and whatever token the template puts right after a turn."""
         stops = {self.tokenizer.eos_token_id} - {None}
-        text = self._render(
-            [{"role": "user", "content": _STAND_IN}, {"role": "assistant", "content": _STAND_IN}],
-            tools=None,
-            prompt=False,
-        )
-        tail = self._encode(text[text.rindex(_STAND_IN) + len(_STAND_IN) :])
-        if tail.size and int(tail[0]) in self.tokenizer.all_special_ids:
-            stops.add(int(tail[0]))
+        first = self._encode(tail)[:1]
+        if first.size and int(first[0]) in self.tokenizer.all_special_ids:
+            stops.add(int(first[0]))
         if not stops:
             raise ChatFormatError(
                 f"{self.tokenizer.name_or_path!r} has no end-of-turn token to stop at"

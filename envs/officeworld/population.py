@@ -21,19 +21,22 @@ LAST_NAMES = (
 # fmt: on
 DAYS = ("mon", "tue", "wed", "thu", "fri")
 TITLES = ("lunch", "gym", "call", "review", "demo", "walk")
+COMPACT_NAMES = 24  # first names a compact world draws from, unless it has more people
 WORDS = ("yes", "no", "late", "thanks", "ready", "sick", "busy", "hello")
 EVENTS_A_DAY = 2
 INBOX = 6
 
 
 def draw_ids(rng: Random, count: int) -> list[int]:
-    """`count` distinct ids; two digits as long as they suffice."""
-    return rng.sample(range(10, 99 if count <= 60 else 10 + 4 * count), count)
+    """`count` distinct ids; two digits as long as they suffice, and few different ones where few are
+    needed: a policy that learns from nothing has to meet each of them often enough to copy it."""
+    top = 40 if count <= 20 else 99 if count <= 60 else 10 + 4 * count
+    return rng.sample(range(10, top), count)
 
 
 def _names(rng: Random, count: int, *, full: bool) -> Sequence[str]:
     if not full:
-        return rng.sample(FIRST_NAMES, count)
+        return rng.sample(FIRST_NAMES[: max(COMPACT_NAMES, count)], count)
     return rng.sample([f"{first} {last}" for first in FIRST_NAMES for last in LAST_NAMES], count)
 
 
@@ -59,7 +62,7 @@ def generate(seed: int, size: int, full: bool) -> Tables:
     people = draw_ids(rng, size)
     names = _names(rng, size, full=full)
     contacts: dict[int, Row] = {
-        i: {"name": name, "phone": rng.randrange(10, 100)}
+        i: {"name": name, "phone": rng.randrange(10, 100 if full else 40)}
         for i, name in zip(people, names, strict=True)
     }
     senders = rng.sample(people, min(INBOX, size))
