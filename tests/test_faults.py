@@ -1,0 +1,299 @@
+"""Processes are killed and hung, environments misbehave, disks are full: what the user sees, and
+that nothing paid for is lost.
+
+Real Ray, real processes, real signals, through the command line. A start on Ray takes long, so one
+run takes several blows; what needs no processes runs in this one.
+"""
+
+import contextlib
+import os
+import resource
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from loopwright.actors.weights import SEGMENT_FOLDER, SEGMENT_PREFIX
+from loopwright.orchestrator.cli import DONE, FAILED, REFUSED, STOPPED, main
+from loopwright.orchestrator.ledger import FILE, audit, read
+from loopwright.orchestrator.parts import checkpoints
+from loopwright.orchestrator.replay import replay
+from tests.driven_run import DrivenRun, build_policy, write_config
+
+P, K = 4, 3  # groups per step, rollouts of a group
+ROLLOUT, WORKER, TRAINER = "rollout 0", "environment worker 0", "trainer"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of an untrained policy."""
+    return build_policy(tmp_path_factory.mktemp("model"))
+
+
+def assert_clean(folder: Path, steps: int, *, missing: int = 0) -> None:
+    """Every step taken, each finished rollout trained exactly once, weights that follow from the
+    ledger, no shared memory left."""
+    found = audit(folder / "ledger" / FILE, groups_per_step=P)
+    assert (found.unused, found.twice, found.unknown) == ((), (), ())
+    assert found.trained == steps * P * K - missing
+    assert sorted(read(folder / "ledger" / FILE).trained) == list(range(1, steps + 1))
+    assert list(SEGMENT_FOLDER.glob(f"{SEGMENT_PREFIX}faults-*")) == []
+
+
+class TestProcesses:
+    """On Ray."""
+
+    def test_killed_and_hung_actors_are_replaced_and_nothing_is_lost(
+        self, tmp_path: Path, model: str
+    ) -> None:
+        config = write_config(
+            tmp_path, model, environment="Slow", address="local", steps=14, max_lag=1
+        )
+        with DrivenRun(config, "trainer.epochs=12") as run:
+            run.wait("step 1", lambda: run.steps() >= 1)
+            for actor, number in ((ROLLOUT, signal.SIGKILL), (WORKER, signal.SIGKILL)):
+                self._hit(run, actor, number)
+            self._kill_trainer_in_a_step(run)
+            self._hit(run, ROLLOUT, signal.SIGSTOP)
+            assert run.finish() == DONE, run.errors()
+            assert run.summary()["restarts"] >= 4
+            assert_clean(run.folder, 14)
+            assert all(step.equal for step in replay(run.folder))
+            assert run.processes() == []
+
+    def test_a_killed_and_a_stopped_driver_go_on_to_the_same_weights(
+        self, tmp_path: Path, model: str
+    ) -> None:
+        (tmp_path / "undisturbed").mkdir()
+        (tmp_path / "disturbed").mkdir()
+        undisturbed = write_config(tmp_path / "undisturbed", model, steps=8)
+        assert main(["train", str(undisturbed)]) == DONE
+        config = write_config(
+            tmp_path / "disturbed", model, environment="Slow", address="local", steps=8
+        )
+        with DrivenRun(config) as run:
+            run.wait("step 3", lambda: run.steps() >= 3)
+            os.kill(run.process.pid, signal.SIGKILL)
+            run.process.wait(timeout=10)
+        with DrivenRun(config, resume=True) as run:
+            run.wait("step 5", lambda: run.steps() >= 5)
+            os.kill(run.process.pid, signal.SIGTERM)
+            assert run.finish() == STOPPED, run.errors()
+            reached = max(read(run.folder / "ledger" / FILE).trained)
+            assert 5 <= reached < 8
+            assert checkpoints(run.folder)[-1][0] == reached
+            assert run.processes() == []
+        with DrivenRun(config, resume=True) as run:
+            assert run.finish() == DONE, run.errors()
+        assert_clean(run.folder, 8)
+        expected = read(tmp_path / "undisturbed" / "runs" / "faults" / "ledger" / FILE).checksums
+        assert len(set(expected.values())) == 8, "each step changes the weights"
+        assert run.ledger().checksums == expected
+
+    def test_an_environment_that_blocks_its_worker_ends_the_run(
+        self, tmp_path: Path, model: str
+    ) -> None:
+        config = write_config(tmp_path, model, environment="Blocking", address="local")
+        with DrivenRun(
+            config, "run.max_restarts=1", "cluster.hang_timeout_s=3", "environment.workers=1"
+        ) as run:
+            assert run.finish() == FAILED
+            assert "run.max_restarts allows 1" in run.reason()
+            assert WORKER in run.reason() and "sign of life" in run.reason()
+            assert run.count("actor_lost", WORKER) == 2
+            assert run.count("actor_back", WORKER) == 1
+            assert run.processes() == []
+
+    @staticmethod
+    def _hit(run: DrivenRun, actor: str, number: signal.Signals) -> None:
+        """Send the signal, wait until the actor is back, and until one more step is taken."""
+        back, victim = run.count("actor_back", actor), run.pid(actor)
+        os.kill(victim, number)
+        run.wait(f"{actor} back", lambda: run.count("actor_back", actor) > back)
+        assert run.pid(actor) != victim
+        assert not Path(f"/proc/{victim}").exists()
+        step = run.steps()
+        run.wait("another step", lambda: run.steps() > step)
+
+    @staticmethod
+    def _kill_trainer_in_a_step(run: DrivenRun) -> None:
+        """Its batch is on record as played, the step is not on record as taken: it is at it."""
+        step = run.steps() + 1
+        back = run.count("actor_back", TRAINER)
+
+        def at_it() -> bool:
+            state = run.ledger()
+            due = [len(state.rollouts.get(t, {})) for t in range((step - 1) * P, step * P)]
+            return step not in state.trained and min(due) == K
+
+        run.wait("the trainer at its step", at_it)
+        os.kill(run.pid(TRAINER), signal.SIGKILL)
+        run.wait("trainer back", lambda: run.count("actor_back", TRAINER) > back)
+        run.wait("another step", lambda: run.steps() > step)
+
+
+Said = pytest.CaptureFixture[str]
+
+
+def train(config: Path, *overrides: str, resume: bool = False) -> int:
+    """`loopwright train` in this process."""
+    arguments = [part for text in overrides for part in ("--set", text)]
+    return main(["train", str(config), *arguments, *(["--resume"] if resume else [])])
+
+
+def reason(said: Said) -> str:
+    """The last line on stderr."""
+    return said.readouterr().err.rstrip().rpartition("\n")[2]
+
+
+class TestRefused:
+    """Exit code 2, before anything is started, and nothing is left behind."""
+
+    def test_all_problems_of_a_configuration_at_once(
+        self, tmp_path: Path, model: str, capsys: Said
+    ) -> None:
+        config = write_config(tmp_path, model)
+        code = train(config, "rollout.grup_size=4", 'run.steps="ten"', "trainer.lr=-1")
+        assert code == REFUSED
+        told = capsys.readouterr().err
+        assert "3 problems" in told
+        assert "rollout.grup_size" in told and "did you mean rollout.group_size?" in told
+        assert "run.steps = 'ten'" in told and "trainer.lr = -1" in told
+        assert not (tmp_path / "runs").exists()
+
+    def test_a_missing_model(self, tmp_path: Path, capsys: Said) -> None:
+        assert train(write_config(tmp_path, str(tmp_path / "nowhere"))) == REFUSED
+        told = reason(capsys)
+        assert "model.path" in told and "nowhere" in told and "config.json" in told
+        assert not (tmp_path / "runs").exists()
+
+    def test_an_environment_that_cannot_be_constructed(
+        self, tmp_path: Path, model: str, capsys: Said
+    ) -> None:
+        config = write_config(tmp_path, model, environment="Unbuildable", address="local")
+        assert train(config) == REFUSED
+        told = reason(capsys)
+        assert "Unbuildable" in told and "RuntimeError: no licence server" in told
+        assert not (tmp_path / "runs").exists()
+
+    def test_an_environment_that_is_not_there(
+        self, tmp_path: Path, model: str, capsys: Said
+    ) -> None:
+        assert train(write_config(tmp_path, model, environment="Leters")) == REFUSED
+        assert "did you mean Letters?" in reason(capsys)
+
+
+class TestEnvironments:
+    """A fault is no reward: retried, then left out; too many of them end the run."""
+
+    def test_a_fault_that_passes_costs_nothing(self, tmp_path: Path, model: str) -> None:
+        (tmp_path / "played").mkdir()
+        options = f'environment.options={{folder = "{tmp_path / "played"}"}}'
+        config = write_config(tmp_path, model, environment="Once")
+        assert train(config, options, "run.infra_fault_limit=0.5") == DONE
+        folder = tmp_path / "runs" / "faults"
+        assert "one lost packet" in (folder / "events.jsonl").read_text()
+        assert_clean(folder, 4)
+
+    @pytest.mark.parametrize(
+        ("environment", "fault"),
+        [
+            ("Raising", "ConnectionError: the database is away"),
+            ("NoNumber", "evaluate() gave reward nan"),
+            ("Nonsense", "raised in reset"),
+            ("Waiting", "timeout: 0.5 s passed in step"),
+        ],
+    )
+    def test_a_fault_that_stays_is_left_out_of_its_group(
+        self, tmp_path: Path, model: str, environment: str, fault: str
+    ) -> None:
+        config = write_config(tmp_path, model, environment=environment)
+        limits = ["run.infra_fault_limit=0.9", "environment.retries=1"]
+        assert train(config, *limits, "environment.episode_timeout_s=0.5") == DONE
+        folder = tmp_path / "runs" / "faults"
+        assert fault in (folder / "events.jsonl").read_text()
+        # tasks 5, 10 and 15 of the 16 fail for each of their three rollouts
+        assert_clean(folder, 4, missing=3 * K)
+
+    @pytest.mark.parametrize("where", ["reset", "step"])
+    def test_too_many_faults_end_the_run_with_the_last_one(
+        self, tmp_path: Path, model: str, capsys: Said, where: str
+    ) -> None:
+        config = write_config(tmp_path, model, environment="Raising")
+        options = f'environment.options={{where = "{where}", every = 2}}'
+        assert train(config, options, "environment.retries=1", "run.steps=20") == FAILED
+        told = reason(capsys)
+        assert "% of the last" in told and "run.infra_fault_limit is 20%" in told
+        assert f"raised in {where}: ConnectionError: the database is away" in told
+
+    def test_a_broken_task_is_quarantined_and_the_run_goes_on(
+        self, tmp_path: Path, model: str
+    ) -> None:
+        assert train(write_config(tmp_path, model, environment="Broken")) == DONE
+        folder = tmp_path / "runs" / "faults"
+        told = (folder / "events.jsonl").read_text()
+        assert "task_quarantined" in told and "its goal cannot be reached" in told
+        assert_clean(folder, 4, missing=K)
+
+
+class TestFullDisk:
+    """The disk takes no more: the run ends and says what is safe; with room, `--resume` ends it."""
+
+    def test_a_ledger_that_cannot_grow(self, tmp_path: Path, model: str) -> None:
+        self._limited(tmp_path, model, "ledger.frames", limit_bytes=12_000)
+
+    def test_a_checkpoint_that_does_not_fit(self, tmp_path: Path, model: str) -> None:
+        self._limited(tmp_path, model, "step-2", limit_bytes=60_000)
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+    def test_a_small_file_system_that_fills_up(self, tmp_path: Path, model: str) -> None:
+        config = write_config(tmp_path, model, environment="Slow", steps=8)
+        (tmp_path / "runs").mkdir()
+        with mounted(tmp_path / "runs", 256):
+            with DrivenRun(config) as run:
+                run.wait("step 3", lambda: run.steps() >= 3)
+                filler = tmp_path / "runs" / "filler"
+                with filler.open("wb") as file:
+                    free = os.statvfs(filler)
+                    os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_bsize)
+                assert run.finish() == FAILED
+                told = run.reason()
+                assert "No space left on device" in told and "--resume" in told
+                filler.unlink()
+            with DrivenRun(config, resume=True) as run:
+                assert run.finish() == DONE, run.errors()
+            assert_clean(run.folder, 8)
+
+    @staticmethod
+    def _limited(tmp_path: Path, model: str, named: str, *, limit_bytes: int) -> None:
+        """As a full disk, for a process whose files may not grow beyond `limit_bytes`."""
+        config = write_config(tmp_path, model, environment="Slow")
+        with DrivenRun(config, "run.steps=12") as run:
+            run.wait("its actors", run.up)
+            limits = (limit_bytes, limit_bytes)
+            resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, limits)
+            assert run.finish() == FAILED
+            told = run.reason()
+            assert named in told and "File too large" in told and "--resume" in told
+        with DrivenRun(config, "run.steps=12", resume=True) as run:
+            assert run.finish() == DONE, run.errors()
+        assert_clean(run.folder, 12)
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, size_mib: int) -> Iterator[None]:
+    """A file system of its own at `folder`; skips where mounting is not permitted."""
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size_mib}m", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if made.returncode:
+        pytest.skip(f"mounting is not permitted: {made.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
