@@ -126,6 +126,10 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
     if settings.device == "cpu":
         arguments |= {
             "enforce_eager": True,
+            # vLLM 0.32 rewinds a seeded request's generator after a partial prefill, which CPU
+            # generators cannot do: the engine core would die as soon as prompts queue up.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(2048, settings.max_context),
             "block_size": 32,  # the CPU default of 128 never hits on short prompts
             "distributed_executor_backend": "uni",  # the worker lives in the engine core process
         }
