@@ -5,9 +5,10 @@ own trusted state. The framework owns the loop:
 
     observation = await env.reset(task)
     while turns are left:
-        step = await env.step(text the policy wrote)        # never raises for anything the policy
-        wrote if step.terminated: break
-    verdict = await env.evaluate()                          # also when a budget ran out
+        step = await env.step(text)        # what the policy wrote; never raises because of it
+        if step.terminated:
+            break
+    verdict = await env.evaluate()         # also when a budget ran out
 
 Errors by boundary: what the *agent* did wrong comes back as an observation with a category in
 `signals`; an exception out of `reset`, `step` or `evaluate` is an *infrastructure fault*: retried,

@@ -3,10 +3,10 @@
     class Pantry(ToolEnv):
         name, version, description = "pantry", "1", "Find things on shelves."
 
-def tasks(self, split, seed): ...            # a stream of Task def start(self, task): ...
-# set the world up; returns the instruction def reward(self): ...                        # 0 … 1, or
-named parts whose mean is the reward def solve(self): ...                         # optional: the
-oracle's calls
+        def tasks(self, split, seed): ...      # a stream of Task
+        def start(self, task): ...             # set the world up; returns the instruction
+        def reward(self): ...                  # 0 … 1, or named parts whose mean is the reward
+        def solve(self): ...                   # optional: the oracle's calls
 
         def look(self, shelf: int) -> str:           # a tool
             '''What lies on a shelf.

@@ -114,15 +114,15 @@ class Parts:
             for error in broken:
                 if not isinstance(error, TaskError):
                     raise error
-            void = f"task quarantined: {broken[0]}" if broken else ""
-            rollouts = [] if void else rollouts + [p for p in played if isinstance(p, Rollout)]
+            rollouts += [p for p in played if isinstance(p, Rollout)]
+            void = _why_void(rollouts, broken)
             self.ledger.group(ticket, encode_task(task), void)
             if void:
-                self.recorder.event("task_quarantined", task=task.id, why=void)
-        scored = sorted(
-            (r for r in rollouts if r.outcome is not Outcome.INFRA_FAULT), key=lambda r: r.attempt
-        )
-        return Group(ticket=ticket, task_id=task.id, rollouts=tuple(scored))
+                kind = "task_quarantined" if broken else "group_void"
+                self.recorder.event(kind, task=task.id, why=void)
+        used = [] if void else [r for r in rollouts if r.outcome is not Outcome.INFRA_FAULT]
+        used.sort(key=lambda r: r.attempt)
+        return Group(ticket=ticket, task_id=task.id, rollouts=tuple(used))
 
     async def _play(self, task: Task, ticket: int, attempt: int) -> Rollout:
         rollout, encoded = await self.pool.play(
@@ -191,6 +191,17 @@ class Parts:
         kept = checkpoints(self.folder)
         for _, path in kept[: -self.keep_checkpoints]:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _why_void(rollouts: Sequence[Rollout], broken: Sequence[BaseException]) -> str:
+    """Why no group comes of these rollouts; empty if one does. One alone has no baseline."""
+    if broken:
+        return f"task quarantined: {broken[0]}"
+    scored = [r for r in rollouts if r.outcome is not Outcome.INFRA_FAULT]
+    if len(scored) > 1:
+        return ""
+    faults = [r.fault for r in rollouts if r.fault]
+    return f"{len(scored)} of {len(rollouts)} rollouts scored; the last fault: {faults[-1]}"
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:

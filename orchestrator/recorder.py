@@ -141,6 +141,11 @@ class Recorder:
         }
         self._flush(step, metrics)
 
+    def untouched(self, metrics: Mapping[str, float]) -> None:
+        """Held-out success of the policy before anything was cloned or trained."""
+        self.success["initial"] = metrics["eval/success"]
+        self._trackers.log(0, metrics)
+
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         """Held-out success at `step`."""
         self._curve.append((step, metrics["eval/success"]))

@@ -3,6 +3,7 @@ that says it all."""
 
 import asyncio
 import contextlib
+import json
 import shutil
 import signal
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from loopwright.orchestrator.resume import refuse_changes
 from loopwright.orchestrator.tasks import TaskStream
 from loopwright.orchestrator.trackers import Trackers, open_trackers
 
+_START_FILE = "start.json"  # success before training
 _MIN_FREE_BYTES = 200 << 20
 
 
@@ -146,11 +148,18 @@ async def _start(
 
 
 async def _measure(parts: Parts, plan: warm_start.Plan) -> None:
-    """Success of version 0, and of what was there before cloning."""
+    """Success of version 0, and of what was there before cloning; kept for a resume before the
+    first checkpoint."""
+    kept = parts.folder / _START_FILE
+    success = parts.recorder.success
+    if plan.finished and kept.exists():
+        success.update(json.loads(kept.read_text()))
+        return
     if plan.finished:
-        parts.recorder.success["warm_start"] = await parts.evaluate(0)
+        success["warm_start"] = await parts.evaluate(0)
     else:
         await _initial_and_clone(parts, plan)
+    write_json(kept, success)
 
 
 async def _bring_up(
@@ -183,7 +192,7 @@ async def _initial_and_clone(parts: Parts, plan: warm_start.Plan) -> None:
             timeout_s=parts.step_timeout_s,
             progress=lambda done, total: None,
         )
-        recorder.success["initial"] = metrics["eval/success"]
+        recorder.untouched(metrics)
         await cloning
     await parts.training.reset(str(plan.cloned))
     manifest = await parts.training.publish(0)

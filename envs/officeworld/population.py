@@ -28,8 +28,8 @@ INBOX = 6
 
 
 def draw_ids(rng: Random, count: int) -> list[int]:
-    """`count` distinct ids; two digits as long as they suffice, and few different ones where few are
-    needed: a policy that learns from nothing has to meet each of them often enough to copy it."""
+    """`count` distinct ids; two digits as long as they suffice, and few different ones where few
+    are needed: a policy that learns from nothing has to meet each often enough to copy it."""
     top = 40 if count <= 20 else 99 if count <= 60 else 10 + 4 * count
     return rng.sample(range(10, top), count)
 
