@@ -107,7 +107,6 @@ class DrivenRun:
         self.folder = config.parent / "runs" / "faults"
         self._mark = f"{config}-{time.monotonic_ns()}"
         self._errors = config.parent / f"errors-{time.monotonic_ns()}.txt"
-        self._from = len(self.events())  # events of a former part of this run
         command = [sys.executable, "-m", "orchestrator", "train", str(config)]
         for override in overrides:
             command += ["--set", override]
@@ -151,10 +150,6 @@ class DrivenRun:
     def count(self, kind: str, actor: str) -> int:
         """How many events of `kind` there are about `actor`."""
         return sum(e["actor"] == actor for e in self.events(kind))
-
-    def up(self) -> bool:
-        """Whether this part of the run has come to its actors."""
-        return any(e["kind"] == "actor_up" for e in self.events()[self._from :])
 
     def wait(self, what: str, happened: Callable[[], bool], timeout_s: float = 90.0) -> float:
         """Look until it has `happened`; seconds it took. Fails when the run ends before, or at the

@@ -242,10 +242,10 @@ class TestFullDisk:
     """The disk takes no more: the run ends and says what is safe; with room, `--resume` ends it."""
 
     def test_a_ledger_that_cannot_grow(self, tmp_path: Path, model: str) -> None:
-        self._limited(tmp_path, model, "ledger.frames", limit_bytes=12_000)
+        self._limited(tmp_path, model, "ledger.frames", 12_000, "run.checkpoint_every=0")
 
     def test_a_checkpoint_that_does_not_fit(self, tmp_path: Path, model: str) -> None:
-        self._limited(tmp_path, model, "step-2", limit_bytes=60_000)
+        self._limited(tmp_path, model, "step-2", 60_000)
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
     def test_a_small_file_system_that_fills_up(self, tmp_path: Path, model: str) -> None:
@@ -267,17 +267,17 @@ class TestFullDisk:
             assert_clean(run.folder, 8)
 
     @staticmethod
-    def _limited(tmp_path: Path, model: str, named: str, *, limit_bytes: int) -> None:
+    def _limited(tmp_path: Path, model: str, named: str, limit_bytes: int, *overrides: str) -> None:
         """As a full disk, for a process whose files may not grow beyond `limit_bytes`."""
         config = write_config(tmp_path, model, environment="Slow")
-        with DrivenRun(config, "run.steps=12") as run:
-            run.wait("its actors", run.up)
+        with DrivenRun(config, "run.steps=12", *overrides) as run:
+            run.wait("its actors", lambda: run.count("actor_up", WORKER) == 1)
             limits = (limit_bytes, limit_bytes)
             resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, limits)
             assert run.finish() == FAILED
             told = run.reason()
             assert named in told and "File too large" in told and "--resume" in told
-        with DrivenRun(config, "run.steps=12", resume=True) as run:
+        with DrivenRun(config, "run.steps=12", *overrides, resume=True) as run:
             assert run.finish() == DONE, run.errors()
         assert_clean(run.folder, 12)
 
