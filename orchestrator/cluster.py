@@ -80,6 +80,10 @@ class Actor(Protocol):
         """Kill the process and let a fresh one run the constructor; the actor stays the same."""
         ...
 
+    def end(self) -> None:
+        """Its work is done: free the process for good."""
+        ...
+
     def generate_client(self) -> Generate:
         """A picklable callable that asks this rollout actor for a turn; raises `EngineLost` when it
         is gone."""
@@ -131,6 +135,10 @@ class InProcessActor:
     async def restart(self) -> None:
         """A fresh object."""
         self._object = self._build()
+
+    def end(self) -> None:
+        """Forget the object."""
+        self._object = None
 
     def generate_client(self) -> Generate:
         """The object's own `generate`, whichever object that is at the time."""
@@ -212,6 +220,13 @@ class RayActor:
 
         with contextlib.suppress(ray.exceptions.RayError, ValueError):
             ray.kill(self.handle, no_restart=False)
+
+    def end(self) -> None:
+        """Kill, and tell Ray not to restart it."""
+        import ray
+
+        with contextlib.suppress(ray.exceptions.RayError, ValueError):
+            ray.kill(self.handle, no_restart=True)
 
     def generate_client(self) -> Generate:
         """Carried to the environment workers by Ray."""

@@ -5,7 +5,7 @@ policy and of the clone are `success.initial` and `success.warm_start` of the su
 """
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,7 +102,8 @@ async def prepare(
                 timeout_s=config.cluster.start_timeout_s,
                 waiting_for="tiny policy",
             )
-    if not wanted:
+    if not wanted and plan.starter is not None:
+        plan.starter.end()
         plan.starter = None
     return plan
 
@@ -140,6 +141,8 @@ async def clone(plan: Plan, recorder: Recorder) -> "CloningReport":
             report: CloningReport = await cloning
         finally:
             cloning.cancel()
-    plan.demonstrations = []
+    starter.end()
+    recorder.event("cloned", **asdict(report))
+    plan.starter, plan.demonstrations = None, []
     plan.finished = True
     return report

@@ -132,6 +132,10 @@ class ScriptedActor:
         self.restarts += 1
         self.calls.append(("restart", ()))
 
+    def end(self) -> None:
+        """Never asked for here."""
+        raise AssertionError("end")
+
     def generate_client(self) -> Any:
         """Nothing that generates: scripted workers play without it."""
         return self.name

@@ -56,6 +56,10 @@ class HistoryActor:
         self.restarts += 1
         self._die()
 
+    def end(self) -> None:
+        """Never asked for here."""
+        raise AssertionError("end")
+
     def generate_client(self) -> Any:
         """A trainer generates nothing."""
         raise AssertionError("nobody asks a trainer to generate")
