@@ -9,6 +9,7 @@ Ticket order makes recovery simple: step s trains tickets [(s-1)·P, s·P), so t
 are all that is needed to train any step again, bit for bit where the arithmetic is deterministic.
 """
 
+import contextlib
 import os
 import struct
 import zlib
@@ -16,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgpack
 
@@ -80,7 +81,8 @@ class Ledger:
         self.state = read(self.path) if self.path.exists() else LedgerState()
         if self.state.cut_bytes:
             os.truncate(self.path, self.path.stat().st_size - self.state.cut_bytes)
-        self._file: BinaryIO = self.path.open("ab")
+        # no buffer: what the disk did not take must not follow later, behind other frames
+        self._file = self.path.open("ab", buffering=0)
 
     def rollout(self, ticket: int, data: bytes) -> None:
         """A finished rollout, as encoded by the worker."""
@@ -117,20 +119,25 @@ class Ledger:
     def close(self) -> None:
         """Flush and close."""
         if not self._file.closed:
-            self._sync()
-            self._file.close()
+            try:
+                self._sync()
+            finally:
+                self._file.close()
 
     def _write(self, record: dict[str, Any]) -> None:
-        payload = msgpack.packb(record)
+        """A whole frame, or nothing of it."""
+        rest = memoryview(_frame(msgpack.packb(record)))
+        whole = os.fstat(self._file.fileno()).st_size
         try:
-            self._file.write(_frame(payload))
-            self._file.flush()
+            while rest:
+                rest = rest[self._file.write(rest) :]
         except OSError as error:
+            with contextlib.suppress(OSError):  # if not even that works, opening cuts the tail
+                os.ftruncate(self._file.fileno(), whole)
             raise LedgerError(_no_room(self.path, error)) from error
 
     def _sync(self) -> None:
         try:
-            self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
             raise LedgerError(_no_room(self.path, error)) from error

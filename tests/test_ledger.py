@@ -2,6 +2,7 @@
 wrong."""
 
 import random
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -189,9 +190,19 @@ def test_damage_before_the_end_names_its_place(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_says_what_is_safe(tmp_path: Path) -> None:
+    """A frame that does not fit leaves nothing behind: with room, the ledger goes on after it."""
     fill(tmp_path)
     ledger = Ledger(tmp_path)
-    ledger._file.close()
-    ledger._file = open("/dev/full", "ab")  # noqa: SIM115 the kernel's own full disk
-    with pytest.raises(LedgerError, match=r"No space left on device.*--resume"):
-        ledger.group(9, b"task")
+    before = ledger.path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, hard))
+    try:
+        with pytest.raises(LedgerError, match=r"File too large.*--resume"):
+            ledger.group(9, b"task" * 100, "void")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert ledger.path.read_bytes() == before
+    ledger.group(9, b"task" * 100, "no room")
+    ledger.close()
+    state = read(ledger.path)
+    assert state.voids[9] == "no room" and state.cut_bytes == 0
