@@ -5,6 +5,7 @@ of letters. What each does wrong is its docstring.
 """
 
 import asyncio
+import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -180,3 +181,20 @@ class Blocking(Letters):
             while True:
                 time.sleep(3600)
         return await super().step(action)
+
+
+class Filling(Letters):
+    """Fills the disk once: from its first training episode on, no file of its process may grow
+    beyond `limit_bytes`. `folder` remembers that it was done; only the soft limit is set."""
+
+    def __init__(self, folder: str, limit_bytes: int) -> None:
+        super().__init__()
+        self.marker, self.limit_bytes = Path(folder) / "filled", limit_bytes
+
+    async def reset(self, task: Task) -> Observation:
+        """May set the limit."""
+        if task.split == "train" and not self.marker.exists():
+            self.marker.touch()
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit_bytes, hard))
+        return await super().reset(task)

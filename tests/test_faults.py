@@ -241,11 +241,33 @@ class TestEnvironments:
 class TestFullDisk:
     """The disk takes no more: the run ends and says what is safe; with room, `--resume` ends it."""
 
-    def test_a_ledger_that_cannot_grow(self, tmp_path: Path, model: str) -> None:
-        self._limited(tmp_path, model, "ledger.frames", 12_000, "run.checkpoint_every=0")
-
-    def test_a_checkpoint_that_does_not_fit(self, tmp_path: Path, model: str) -> None:
-        self._limited(tmp_path, model, "step-2", 60_000)
+    @pytest.mark.parametrize(
+        ("named", "limit_bytes", "checkpoint_every"),
+        [("ledger.frames", 12_000, 0), ("step-2", 60_000, 2)],
+    )
+    def test_what_cannot_be_written_is_named(
+        self,
+        tmp_path: Path,
+        model: str,
+        capsys: Said,
+        named: str,
+        limit_bytes: int,
+        checkpoint_every: int,
+    ) -> None:
+        config = write_config(tmp_path, model, environment="Filling", steps=8)
+        overrides = (
+            f'environment.options={{folder = "{tmp_path}", limit_bytes = {limit_bytes}}}',
+            f"run.checkpoint_every={checkpoint_every}",
+        )
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        try:
+            assert train(config, *overrides) == FAILED
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        told = reason(capsys)
+        assert named in told and "File too large" in told and "--resume" in told
+        assert train(config, *overrides, resume=True) == DONE
+        assert_clean(tmp_path / "runs" / "faults", 8)
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
     def test_a_small_file_system_that_fills_up(self, tmp_path: Path, model: str) -> None:
@@ -265,21 +287,6 @@ class TestFullDisk:
             with DrivenRun(config, resume=True) as run:
                 assert run.finish() == DONE, run.errors()
             assert_clean(run.folder, 8)
-
-    @staticmethod
-    def _limited(tmp_path: Path, model: str, named: str, limit_bytes: int, *overrides: str) -> None:
-        """As a full disk, for a process whose files may not grow beyond `limit_bytes`."""
-        config = write_config(tmp_path, model, environment="Slow")
-        with DrivenRun(config, "run.steps=12", *overrides) as run:
-            run.wait("its actors", lambda: run.count("actor_up", WORKER) == 1)
-            limits = (limit_bytes, limit_bytes)
-            resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, limits)
-            assert run.finish() == FAILED
-            told = run.reason()
-            assert named in told and "File too large" in told and "--resume" in told
-        with DrivenRun(config, "run.steps=12", *overrides, resume=True) as run:
-            assert run.finish() == DONE, run.errors()
-        assert_clean(run.folder, 12)
 
 
 @contextlib.contextmanager
