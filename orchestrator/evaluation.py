@@ -23,7 +23,7 @@ async def evaluate(
     timeout_s: float,
     progress: Callable[[int, int], None],
 ) -> dict[str, float]:
-    """Play `tasks`; metrics `eval/…`: success (TGC, 0–1), scenario success (SGC), reward, turns,
+    """Play `tasks`; metrics `eval/…`: success (TGC, 0–1), reward, turns,
     faults.
 
     Tasks whose environment failed for good are left out of the means and counted; all of them
@@ -63,7 +63,6 @@ def summarise(rollouts: list[Rollout], *, faults: int) -> dict[str, float]:
     count = len(rollouts)
     return {
         "eval/success": sum(r.success for r in rollouts) / count,
-        "eval/scenario_success": sum(all(s) for s in scenarios.values()) / len(scenarios),
         "eval/reward_mean": sum(r.reward for r in rollouts) / count,
         "eval/turns_mean": sum(r.turns for r in rollouts) / count,
         "eval/generated_tokens_mean": sum(r.generated_tokens for r in rollouts) / count,

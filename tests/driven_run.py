@@ -18,11 +18,12 @@ from loopwright.orchestrator.ledger import FILE, LedgerState, read
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENTS = ROOT / "tests" / "fault_envs.py"
+NAME = f"faults-{os.getpid()}"  # of every run here: its shared memory is told from other sessions'
 _MARK = "LOOPWRIGHT_TEST_RUN"  # in the environment of the driver and all it starts
 
 CONFIG = """
 [run]
-name = "faults"
+name = "{name}"
 dir = "{dir}"
 steps = {steps}
 eval_every = 0
@@ -88,6 +89,7 @@ def write_config(
     path = folder / "faults.toml"
     path.write_text(
         CONFIG.format(
+            name=NAME,
             dir=folder / "runs",
             model=model,
             environments=ENVIRONMENTS,
@@ -104,7 +106,7 @@ class DrivenRun:
     """`loopwright train CONFIG` in a session of its own; leaving the block ends what is left."""
 
     def __init__(self, config: Path, *overrides: str, resume: bool = False) -> None:
-        self.folder = config.parent / "runs" / "faults"
+        self.folder = config.parent / "runs" / NAME
         self._mark = f"{config}-{time.monotonic_ns()}"
         self._errors = config.parent / f"errors-{time.monotonic_ns()}.txt"
         command = [sys.executable, "-m", "orchestrator", "train", str(config)]

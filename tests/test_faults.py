@@ -20,7 +20,7 @@ from loopwright.orchestrator.cli import DONE, FAILED, REFUSED, STOPPED, main
 from loopwright.orchestrator.ledger import FILE, audit, read
 from loopwright.orchestrator.parts import checkpoints
 from loopwright.orchestrator.replay import replay
-from tests.driven_run import DrivenRun, build_policy, write_config
+from tests.driven_run import NAME, DrivenRun, build_policy, write_config
 
 P, K = 4, 3  # groups per step, rollouts of a group
 ROLLOUT, WORKER, TRAINER = "rollout 0", "environment worker 0", "trainer"
@@ -39,7 +39,7 @@ def assert_clean(folder: Path, steps: int, *, missing: int = 0) -> None:
     assert (found.unused, found.twice, found.unknown) == ((), (), ())
     assert found.trained == steps * P * K - missing
     assert sorted(read(folder / "ledger" / FILE).trained) == list(range(1, steps + 1))
-    assert list(SEGMENT_FOLDER.glob(f"{SEGMENT_PREFIX}faults-*")) == []
+    assert list(SEGMENT_FOLDER.glob(f"{SEGMENT_PREFIX}{NAME}-*")) == []
 
 
 class TestProcesses:
@@ -88,7 +88,7 @@ class TestProcesses:
         with DrivenRun(config, resume=True) as run:
             assert run.finish() == DONE, run.errors()
         assert_clean(run.folder, 8)
-        expected = read(tmp_path / "undisturbed" / "runs" / "faults" / "ledger" / FILE).checksums
+        expected = read(tmp_path / "undisturbed" / "runs" / NAME / "ledger" / FILE).checksums
         assert len(set(expected.values())) == 8, "each step changes the weights"
         assert run.ledger().checksums == expected
 
@@ -193,7 +193,7 @@ class TestEnvironments:
         options = f'environment.options={{folder = "{tmp_path / "played"}"}}'
         config = write_config(tmp_path, model, environment="Once")
         assert train(config, options, "run.infra_fault_limit=0.5") == DONE
-        folder = tmp_path / "runs" / "faults"
+        folder = tmp_path / "runs" / NAME
         assert "one lost packet" in (folder / "events.jsonl").read_text()
         assert_clean(folder, 4)
 
@@ -212,7 +212,7 @@ class TestEnvironments:
         config = write_config(tmp_path, model, environment=environment)
         limits = ["run.infra_fault_limit=0.9", "environment.retries=1"]
         assert train(config, *limits, "environment.episode_timeout_s=0.5") == DONE
-        folder = tmp_path / "runs" / "faults"
+        folder = tmp_path / "runs" / NAME
         assert fault in (folder / "events.jsonl").read_text()
         # tasks 5, 10 and 15 of the 16 fail for each of their three rollouts
         assert_clean(folder, 4, missing=3 * K)
@@ -232,7 +232,7 @@ class TestEnvironments:
         self, tmp_path: Path, model: str
     ) -> None:
         assert train(write_config(tmp_path, model, environment="Broken")) == DONE
-        folder = tmp_path / "runs" / "faults"
+        folder = tmp_path / "runs" / NAME
         told = (folder / "events.jsonl").read_text()
         assert "task_quarantined" in told and "its goal cannot be reached" in told
         assert_clean(folder, 4, missing=K)
@@ -267,7 +267,7 @@ class TestFullDisk:
         told = reason(capsys)
         assert named in told and "File too large" in told and "--resume" in told
         assert train(config, *overrides, resume=True) == DONE
-        assert_clean(tmp_path / "runs" / "faults", 8)
+        assert_clean(tmp_path / "runs" / NAME, 8)
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
     def test_a_small_file_system_that_fills_up(self, tmp_path: Path, model: str) -> None:
