@@ -3,6 +3,8 @@ current weights."""
 
 import os
 
+import numpy as np
+
 from loopwright.actors.engine import (
     Completion,
     Engine,
@@ -52,6 +54,10 @@ class RolloutActor:
         report = await self._engine.update_weights(manifest, on_update)
         self._serving = True
         return report
+
+    async def probe(self, token_ids: np.ndarray) -> np.ndarray:
+        """`Engine.probe`: logprobs [T-1] float32 of given tokens, to compare with the trainer's."""
+        return await self._engine.probe(token_ids)
 
     async def ping(self) -> EngineStats | None:
         """Proof of life; None before the engine is started."""

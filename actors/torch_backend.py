@@ -170,15 +170,21 @@ class TorchBackend:
             batch, epochs=settings.epochs, rate=rate, seconds=time.perf_counter() - started
         )
 
-    def logprobs(self, sequences: Sequences, chosen: np.ndarray | None = None) -> np.ndarray:
+    def logprobs(
+        self,
+        sequences: Sequences,
+        chosen: np.ndarray | None = None,
+        *,
+        temperature: float | None = None,
+    ) -> np.ndarray:
         """Logprobs of the action tokens of all (or the `chosen`) sequences: [N] float32, 0
-        elsewhere.
+        elsewhere; at the training temperature unless another is given.
         """
         settings = self.settings
         return sequence_logprobs(
             self.model,
             sequences,
-            temperature=settings.temperature,
+            temperature=settings.temperature if temperature is None else temperature,
             chunk=settings.logprob_chunk,
             token_budget=settings.token_budget,
             pack=settings.pack,

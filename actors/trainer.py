@@ -111,16 +111,13 @@ class Trainer:
         self.backend = TorchBackend(self.settings)
 
     def probe(self, token_ids: np.ndarray) -> np.ndarray:
-        """Logprob of each token after the first under the current weights, at the training
-        temperature: [T] float32.
-
-        Entry 0 is 0. Engines answer the same for the version they hold.
+        """Logprob [T-1] float32 of each token [T] after the first under the current weights, at
+        temperature 1. `Engine.probe` answers the same for the version it holds.
         """
         mask = np.ones(len(token_ids), dtype=bool)
         mask[:1] = False
-        return self.backend.logprobs(
-            Sequences.of(np.asarray(token_ids), mask, np.array([len(token_ids)]))
-        )
+        sequence = Sequences.of(np.asarray(token_ids), mask, np.array([len(token_ids)]))
+        return self.backend.logprobs(sequence, temperature=1.0)[1:]
 
     def weights_checksum(self) -> int:
         """One crc32 over the names and bytes of all published tensors."""

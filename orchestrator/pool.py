@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
+
 from loopwright.actors.engine import EngineError, EngineStats, OnUpdate, UpdateReport
 from loopwright.actors.env_worker import EpisodeOrder, WorkerLost
 from loopwright.actors.episode import ENGINE_FAULT, EngineLost, EpisodeLimits
@@ -125,6 +127,19 @@ class Pool:
                 )
             )
         return [r for r in reports if r is not None]
+
+    async def probe(self, token_ids: np.ndarray) -> dict[str, np.ndarray]:
+        """Engine by name -> its logprobs [T-1] of given tokens [T]."""
+        engines = [m for m in self._engines if m.ready.is_set()]
+        found = await first_exception(
+            *(
+                m.actor.call(
+                    "probe", token_ids, timeout_s=self._deadlines.publish_s, waiting_for="probe"
+                )
+                for m in engines
+            )
+        )
+        return {m.actor.name: logprobs for m, logprobs in zip(engines, found, strict=True)}
 
     async def play(
         self, task: Task, attempt: int, *, seed: int, priority: int, limits: EpisodeLimits
@@ -368,12 +383,14 @@ class Pool:
     async def _ping(self, member: _Member) -> None:
         if not member.ready.is_set():
             return
+        life = member.life
         try:
             answer = await member.actor.call(
                 "ping", timeout_s=self._deadlines.hang_s, waiting_for="sign of life"
             )
         except (ActorLost, DeadlinePassed) as error:
-            self._recover(member, str(error), kill=isinstance(error, DeadlinePassed))
+            if life == member.life:
+                self._recover(member, str(error), kill=isinstance(error, DeadlinePassed))
             return
         if member not in self._engines:
             restarted = answer["pid"] != member.pid

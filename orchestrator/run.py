@@ -21,6 +21,7 @@ from loopwright.orchestrator.evaluation import evaluate
 from loopwright.orchestrator.faults import Refused, RunError
 from loopwright.orchestrator.ledger import Ledger
 from loopwright.orchestrator.loop import train
+from loopwright.orchestrator.parity import check_parity
 from loopwright.orchestrator.parts import Parts, checkpoints, read_run_state
 from loopwright.orchestrator.picture import draw
 from loopwright.orchestrator.recorder import Recorder, write_json
@@ -137,7 +138,7 @@ async def _start(
     parts = _parts(config, folder, env, cluster, recorder, ledger, plan, checkpoint)
     recorder.phase("starting trainer, engines and environment workers")
     try:
-        await _bring_up(parts, plan, checkpoint)
+        await _bring_up(parts, plan, checkpoint, config.model.dtype)
         if checkpoint is None:
             await parts.pool.watched(_measure(parts, plan))
     except BaseException:
@@ -163,7 +164,7 @@ async def _measure(parts: Parts, plan: warm_start.Plan) -> None:
 
 
 async def _bring_up(
-    parts: Parts, plan: warm_start.Plan, checkpoint: tuple[int, Path] | None
+    parts: Parts, plan: warm_start.Plan, checkpoint: tuple[int, Path] | None, dtype: str
 ) -> None:
     with parts.recorder.timed("start_actors"):
         await parts.training.start(checkpoint[1] if checkpoint else None)
@@ -171,7 +172,9 @@ async def _bring_up(
             await parts.training.reset(str(plan.cloned))
         manifest = await parts.training.publish(parts.buffer.version)
         reports = await parts.pool.start(manifest)
+        parity = await check_parity(parts.training, parts.pool, dtype)
     parts.recorder.published(manifest, reports)
+    parts.recorder.event("parity", logprob_difference_max=parity)
 
 
 async def _initial_and_clone(parts: Parts, plan: warm_start.Plan) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from loopwright.actors.weights import WeightManifest
 from loopwright.orchestrator.cluster import Actor
 from loopwright.orchestrator.faults import (
@@ -80,6 +82,15 @@ class Training:
                 "publish", version, waiting_for=f"publish of {version}"
             )
             return manifest
+
+        return await self._robustly(call)
+
+    async def probe(self, token_ids: np.ndarray) -> np.ndarray:
+        """Logprobs [T-1] of given tokens [T] under the current weights."""
+
+        async def call() -> np.ndarray:
+            found: np.ndarray = await self._call("probe", token_ids, waiting_for="probe")
+            return found
 
         return await self._robustly(call)
 

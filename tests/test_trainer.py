@@ -118,11 +118,12 @@ def test_logprobs_are_those_of_the_whole_hugging_face_model(policy: str) -> None
     ids = np.arange(20, dtype=np.int32)
     trainer = Trainer(TrainerSettings(model_path=policy, temperature=0.7), "probe")
     with torch.no_grad():
-        logits = model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0, :-1] / 0.7
-    expected = torch.log_softmax(logits, -1)[torch.arange(19), torch.arange(1, 20)]
-    found = trainer.probe(ids)
-    assert found[0] == 0
-    np.testing.assert_allclose(found[1:], expected.numpy(), atol=1e-5)
+        logits = model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0, :-1]
+    picked = torch.arange(19), torch.arange(1, 20)
+    at_one, in_training = (torch.log_softmax(logits / t, -1)[picked].numpy() for t in (1.0, 0.7))
+    np.testing.assert_allclose(trainer.probe(ids), at_one, atol=1e-5)
+    whole = Sequences.of(ids, np.arange(20) > 0, np.array([20]))
+    np.testing.assert_allclose(trainer.backend.logprobs(whole)[1:], in_training, atol=1e-5)
 
 
 def test_a_model_that_scales_its_logits_is_refused(policy: str) -> None:
