@@ -60,6 +60,7 @@ class TestProcesses:
             self._hit(run, ROLLOUT, signal.SIGSTOP)
             assert run.finish() == DONE, run.errors()
             assert run.summary()["restarts"] >= 4
+            assert "Traceback" not in run.errors() and "never retrieved" not in run.errors()
             assert_clean(run.folder, 11)
             assert all(step.equal for step in replay(run.folder))
             assert run.processes() == []
@@ -112,6 +113,7 @@ class TestProcesses:
             assert WORKER in run.reason() and "sign of life" in run.reason()
             assert run.count("actor_lost", WORKER) == 2
             assert run.count("actor_back", WORKER) == 1
+            assert "Traceback" not in run.errors() and "never retrieved" not in run.errors()
             assert run.processes() == []
 
     @staticmethod
