@@ -233,6 +233,8 @@ class DyingActor(InProcessActor):
         answer = await super().call(method, *args, timeout_s=timeout_s, waiting_for=waiting_for)
         self._left -= method == "step"
         if method == "step" and self._left == 0:
+            # a dead process would leave its shared memory to the next of its run; here it is ours
+            await super().call("close", timeout_s=timeout_s, waiting_for="close")
             await self.restart()
             raise ActorLost("trainer: died before it could answer")
         return answer
