@@ -42,10 +42,6 @@ class RolloutActor:
             raise EngineLost("restarted, and not yet given the current weights")
         return await self._engine.generate(request)
 
-    async def cancel(self, request_id: str) -> bool:
-        """End a request early."""
-        return await self._engine.cancel(request_id)
-
     async def update(self, manifest: WeightManifest, on_update: OnUpdate) -> UpdateReport:
         """Take published weights and serve from them. Raises `EngineLost` in a process that was
         restarted and not started since."""
