@@ -1,7 +1,7 @@
 """Oracle demonstrations: recorded as text by whoever holds the environment, turned into tokens
 where the model is."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ class Demonstration:
 
     task_id: str
     opening: Observation
-    turns: tuple[tuple[str, tuple[Message, ...]], ...]  # (action, what the environment replied)
+    turns: tuple[tuple[str, Observation], ...]  # (action, what the environment replied)
     reward: float
     success: bool
 
@@ -28,10 +28,10 @@ class Demonstration:
 async def demonstrate(env: Env, task: Task) -> Demonstration:
     """Let the oracle play `task`. Raises `EnvError` if the environment has none for it."""
     opening = await env.reset(task)
-    turns: list[tuple[str, tuple[Message, ...]]] = []
+    turns: list[tuple[str, Observation]] = []
     for action in env.oracle():
         step = await env.step(action)
-        turns.append((action, tuple(step.observation.messages)))
+        turns.append((action, step.observation))
         if step.terminated:
             break
     if not turns:
@@ -54,30 +54,38 @@ def texts(demonstrations: Iterable[Demonstration]) -> Iterable[str]:
         yield from (m.content for m in demonstration.opening.messages)
         for action, reply in demonstration.turns:
             yield action
-            yield from (m.content for m in reply)
+            yield from (m.content for m in reply.messages)
 
 
-def tokenize(demonstration: Demonstration, chat: "ChatFormat") -> Context:
+def tokenize(demonstration: Demonstration, chat: "ChatFormat") -> list[Context]:
     """The tokens an engine would have seen and produced, each action closed by the template's own
-    end of turn."""
-    prompt = chat.open(demonstration.opening.messages, demonstration.opening.tools)
-    pieces: list[tuple[np.ndarray, int]] = [(prompt, -1)]  # (tokens, turn or -1)
+    end of turn; one context for each that the environment began."""
+    opening = demonstration.opening
+    contexts: list[Context] = []
+    pieces: list[tuple[np.ndarray, int]] = [(chat.open(opening.messages, opening.tools), -1)]
+    last = len(demonstration.turns) - 1
     for turn, (action, reply) in enumerate(demonstration.turns):
         action_ids = np.asarray(
             chat.tokenizer.encode(action, add_special_tokens=False), dtype=np.int32
         )
-        tail = (
-            chat.extend(reply, None)
-            if reply
-            else chat.extend([Message(role="user", content="")], None)
-        )
+        follows = () if reply.fresh else reply.messages
+        tail = chat.extend(follows or [Message(role="user", content="")], None)
         if not tail.size or int(tail[0]) not in chat.stop_token_ids:
             raise ValueError(
                 "the chat template does not end a turn with a stop token: "
                 "nothing to learn to stop at"
             )
-        pieces += [(np.concatenate([action_ids, tail[:1]]), turn), (tail[1:], -1)]
-    pieces.pop()  # what follows the last action was seen by nobody
+        pieces.append((np.concatenate([action_ids, tail[:1]]), turn))
+        if reply.fresh or turn == last:  # what follows the last action was seen by nobody
+            contexts.append(_context(pieces))
+            pieces = [(chat.open(reply.messages, reply.tools), -1)] if reply.fresh else []
+        else:
+            pieces.append((tail[1:], -1))
+    return contexts
+
+
+def _context(pieces: Sequence[tuple[np.ndarray, int]]) -> Context:
+    """One context of pieces (tokens, turn that chose them or -1)."""
     tokens = np.concatenate([ids for ids, _ in pieces]).astype(np.int32)
     turns = np.concatenate([np.full(ids.size, turn, np.int16) for ids, turn in pieces])
     mask = turns >= 0

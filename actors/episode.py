@@ -38,7 +38,7 @@ class EpisodeLimits:
 
 
 class _Transcript:
-    """The growing context of an episode: tokens are appended, never rewritten."""
+    """One growing context of an episode: tokens are appended, never rewritten."""
 
     def __init__(self, prompt: np.ndarray) -> None:
         self.tokens = [prompt]
@@ -157,6 +157,7 @@ async def _play(
 ) -> Rollout:
     observation = await _timed(env.reset(task), progress, "reset")
     transcript = _Transcript(chat.open(observation.messages, observation.tools))
+    former: list[Context] = []  # contexts that the environment has replaced by fresh ones
     signals: Counter[str] = Counter()
     end_reason = EndReason.MAX_TURNS
     policy_fault = False
@@ -188,7 +189,12 @@ async def _play(
         if step.terminated:
             end_reason = EndReason.DONE
             break
-        if progress.turns < limits.max_turns:
+        if progress.turns >= limits.max_turns:
+            break
+        if step.observation.fresh:
+            former.append(transcript.freeze())
+            transcript = _Transcript(chat.open(step.observation.messages, step.observation.tools))
+        else:
             transcript.add_observation(_reply(step, completion, chat))
     verdict = await _timed(env.evaluate(), progress, "evaluate")
     if not np.isfinite(verdict.reward):
@@ -199,7 +205,7 @@ async def _play(
         environment_version=env.spec.version,
         scenario=task.scenario,
         attempt=attempt,
-        contexts=(transcript.freeze(),),
+        contexts=(*former, transcript.freeze()),
         reward=float(verdict.reward),
         success=bool(verdict.success),
         reward_parts={k: float(v) for k, v in verdict.parts.items()},

@@ -34,7 +34,7 @@ class WarmStarter:
         """Clone into `folder`, written aside and renamed; `options` are steps, batch, lr and seed
         of `cloning.clone`, whose report comes back."""
         chat = ChatFormat.load(model_path)
-        contexts = [tokenize(d, chat) for d in demonstrations]
+        contexts = [context for d in demonstrations for context in tokenize(d, chat)]
         aside = Path(folder).with_name(Path(folder).name + ".partial")
         report = clone(
             model_path, contexts, aside, threads=self._threads, progress=self._note, **options

@@ -41,7 +41,8 @@ class Task:
     split: str  # "train" or "test"
     scenario: str  # the family of variants it belongs to
     difficulty: int = 1  # 1 … 3
-    payload: Mapping[str, Any] = field(default_factory=dict)  # msgpack-able
+    # msgpack-able; training adds the values of its schedules (`EnvSpec.scheduled`), by name
+    payload: Mapping[str, Any] = field(default_factory=dict)
 
 
 def encode_task(task: Task) -> bytes:
@@ -65,10 +66,16 @@ class Message:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
     """New messages for the policy, append-only; tool schemas (OpenAI style) come with the first
-    one."""
+    one.
+
+    An environment whose agent keeps no transcript (MEM1, arXiv:2506.15841) rewrites the context
+    instead: with `fresh`, these messages and tools are all that the policy sees from now on. Each
+    distinct context is one training instance of the same rollout.
+    """
 
     messages: Sequence[Message]
     tools: Sequence[Mapping[str, Any]] = ()
+    fresh: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +107,7 @@ class EnvSpec:
     description: str
     max_turns: int  # default budget of turns
     deterministic: bool = True
+    scheduled: tuple[str, ...] = ()  # payload values that training may schedule, e.g. noise
     license: str = "Apache-2.0"
 
 

@@ -46,7 +46,7 @@ def test_a_demonstration_is_the_episode_an_engine_would_have_played(chat: ChatFo
             demonstration = await demonstrate(env, task)
             actions = [action for action, _ in demonstration.turns]
             played = await _played(env, task, actions, chat)
-            cloned = tokenize(demonstration, chat)
+            (cloned,) = tokenize(demonstration, chat)
             np.testing.assert_array_equal(cloned.token_ids, played.token_ids)
             np.testing.assert_array_equal(cloned.action_mask, played.action_mask)
             np.testing.assert_array_equal(cloned.turn_ids, played.turn_ids)
@@ -58,7 +58,7 @@ def test_a_demonstration_is_the_episode_an_engine_would_have_played(chat: ChatFo
 
 def test_every_action_is_learned_with_its_end(chat: ChatFormat) -> None:
     (demonstration,) = asyncio.run(recorded(1))
-    context = tokenize(demonstration, chat)
+    (context,) = tokenize(demonstration, chat)
     for turn, (action, _) in enumerate(demonstration.turns):
         ids = context.token_ids[context.turn_ids == turn]
         assert chat.decode(ids) == action
