@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from torch import nn
 
 from loopwright.actors.model_files import save_model
-from loopwright.actors.packed_forward import Sequences, action_logprobs, micro_batches
-from loopwright.actors.torch_backend import TorchBackend, TrainerSettings, learning_rate
+from loopwright.actors.packed_forward import Sequences, micro_batches
+from loopwright.actors.torch_backend import TorchBackend
+from loopwright.actors.trainer_backend import TrainerSettings, learning_rate, published_tensors
 
 _WARMUP_STEPS = 50
 _RECENT_STEPS = 15  # optimizer steps that the early stop averages over
@@ -98,9 +98,9 @@ def clone(
     tokens = 0
     order = _endless_order(len(sequences), min(batch, len(sequences)), seed)
     for step in range(1, steps + 1):
-        for group in backend.optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step)
-        loss, seen, match = _cloning_step(backend, joined, next(order))
+        loss, seen, match = _cloning_step(
+            backend, joined, next(order), learning_rate(settings, step)
+        )
         losses.append(loss)
         matches.append(match)
         tokens += seen
@@ -108,7 +108,7 @@ def clone(
             progress(step, loss)
         if len(matches) == _RECENT_STEPS and float(np.mean(matches)) >= until_match:
             break
-    save_model(backend.model, backend.published_tensors(), Path(out_dir), source=str(model_path))
+    save_model(backend.model, published_tensors(backend), Path(out_dir), source=str(model_path))
     return CloningReport(
         demonstrations=min(len(sequences), len(losses) * batch),
         steps=len(losses),
@@ -140,25 +140,25 @@ def _endless_order(count: int, batch: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def _cloning_step(
-    backend: TorchBackend, sequences: Sequences, chosen: np.ndarray
+    backend: TorchBackend, sequences: Sequences, chosen: np.ndarray, rate: float
 ) -> tuple[float, int, float]:
     """One optimizer step; mean negative logprob and number of its action tokens, and the mean
     probability, before the step, of writing one of its demonstrations word for word."""
     settings = backend.settings
     spans = zip(sequences.starts[chosen], sequences.starts[chosen + 1], strict=True)
     tokens = sum(int(sequences.action_mask[start:end].sum()) for start, end in spans)
-    backend.optimizer.zero_grad(set_to_none=True)
     total = 0.0
     whole = np.zeros(len(sequences.lengths))  # logprob of each demonstration's actions
     for micro in micro_batches(
         sequences, chosen, token_budget=settings.token_budget, device=settings.device
     ):
-        lp = action_logprobs(backend.model, micro, temperature=1.0, chunk=settings.logprob_chunk)
+        lp = backend.forward(micro, temperature=1.0)
         loss = -lp.sum() / max(tokens, 1)
-        loss.backward()
+        backend.backward(loss)
         total += float(loss.detach())
         owner = np.searchsorted(sequences.starts, micro.tokens, side="right") - 1
         np.add.at(whole, owner, lp.detach().cpu().numpy())
-    nn.utils.clip_grad_norm_(backend.model.parameters(), 1.0)
-    backend.optimizer.step()
+    backend.clip(1.0)
+    backend.update(rate)
+    backend.drop_gradient()
     return total, tokens, float(np.exp(whole[chosen]).mean())

@@ -1,13 +1,17 @@
-"""LoRA through peft: adapters put into a Hugging Face model, and the full weights they amount to.
+"""Adapters through peft: put into a Hugging Face model, and the full weights they amount to.
 
 Published weights are merged, so any engine serves them without knowing of adapters.
 """
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+_NAME = "default"  # peft's own name for an adapter that has none
 
 
 class LoraError(ValueError):
@@ -37,7 +41,7 @@ def add_adapters(
         model = inject_adapter_in_model(config, model)
     except ValueError as error:
         raise LoraError(f"model.lora_targets={targets!r}: {error}") from error
-    if model.config.tie_word_embeddings and "lm_head" in _adapted(model):
+    if model.config.tie_word_embeddings and "lm_head" in adapted_layers(model):
         raise LoraError(
             f"model.lora_targets={targets!r} matches lm_head, which this model shares with its "
             "embedding: an adapter "
@@ -46,24 +50,27 @@ def add_adapters(
     return model
 
 
-def merged_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Full weights under their Hugging Face names, adapters merged: base + alpha / rank · B·A."""
-    adapted = _adapted(model)
-    tensors: dict[str, Tensor] = {}
-    parameters = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of `model` that carry an adapter, by name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
+    }
+
+
+def merged_weight(layer: nn.Module, parameters: Sequence[Tensor]) -> Tensor:
+    """The weight of an adapted `layer` with its adapter merged, for whole values of all of its
+    parameters, in the layer's order. The layer itself, whose own may be sharded, stays as it is.
+    """
+    own = [parameter for _, parameter in layer.named_parameters()]
+    whole = {
+        id(mine): nn.Parameter(value.detach(), requires_grad=False)
+        for mine, value in zip(own, parameters, strict=True)
+    }
+    twin: Any = copy.deepcopy(layer, memo=dict(whole))
+    base = twin.get_submodule("base_layer")
+    base.weight = nn.Parameter(base.get_parameter("weight").clone(), requires_grad=False)
     with torch.no_grad():
-        for name, value in parameters.items():
-            owner, found, leaf = name.partition(".base_layer.")
-            if found and leaf == "weight":
-                tensors[f"{owner}.weight"] = value + adapted[owner].get_delta_weight("default")
-            elif found:
-                tensors[f"{owner}.{leaf}"] = value
-            elif not any(name.startswith(f"{layer}.lora_") for layer in adapted):
-                tensors[name] = value
-    return tensors
-
-
-def _adapted(model: PreTrainedModel) -> dict[str, Any]:
-    from peft.tuners.lora import LoraLayer
-
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+        twin.merge(safe_merge=False, adapter_names=[_NAME])
+    return base.get_parameter("weight").detach()

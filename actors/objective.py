@@ -2,13 +2,14 @@
 about itself.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from loopwright.actors.ranks import Ranks
 from loopwright.algorithms import losses
 from loopwright.algorithms.aggregation import Aggregation, unit_weights
 
@@ -140,6 +141,15 @@ class Tally:
         self.mismatch_k3 += float(losses.k3(behavior, proximal).sum())
         self.mismatch_abs += float(gap.sum())
         self.mismatch_max = max(self.mismatch_max, float(gap.max()) if len(gap) else 0.0)
+
+    def summed(self, ranks: Ranks) -> "Tally":
+        """Over all ranks: sums, and the largest where the name ends in _max; the log-ratios are of
+        all ranks already."""
+        names = [f.name for f in fields(self) if f.name != "log_ratio_by_minibatch"]
+        own = np.array([float(getattr(self, name)) for name in names])
+        largest = [name.endswith("_max") for name in names]
+        totals = np.where(largest, ranks.max(own), ranks.sum(own))
+        return replace(self, **dict(zip(names, totals.tolist(), strict=True)))
 
     def means(self) -> dict[str, float]:
         """The metrics, by name."""

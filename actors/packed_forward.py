@@ -122,6 +122,20 @@ def _lay_out(sequences: Sequences, rows: Sequence[np.ndarray], device: str) -> M
     )
 
 
+def empty_micro_batch(device: str) -> MicroBatch:
+    """One token whose logprob nobody wants: a pass for the sake of the ranks that wait for it."""
+    nothing = torch.zeros(0, dtype=torch.int64, device=device)
+    token = torch.zeros((1, 1), dtype=torch.int64, device=device)
+    return MicroBatch(
+        input_ids=token,
+        position_ids=token,
+        mask=None,
+        predictors=nothing,
+        targets=nothing,
+        tokens=np.zeros(0, dtype=np.int64),
+    )
+
+
 def _block_diagonal(segments: Tensor) -> Tensor:
     # Padding (-1) sees padding, so that no row of the mask is empty: softmax over nothing is not a
     # number.
@@ -165,31 +179,6 @@ def _chosen(hidden: Tensor, targets: Tensor, head: nn.Module, temperature: float
     if temperature != 1.0:
         logits = logits / temperature
     return -nn.functional.cross_entropy(logits, targets, reduction="none")
-
-
-def sequence_logprobs(
-    model: PreTrainedModel,
-    sequences: Sequences,
-    *,
-    temperature: float,
-    chunk: int,
-    token_budget: int,
-    pack: bool = False,
-    device: str = "cpu",
-    chosen: np.ndarray | None = None,
-) -> np.ndarray:
-    """Logprobs of all action tokens without gradient: [N] float32, 0 where there is no action
-    token.
-    """
-    result = np.zeros(len(sequences.token_ids), dtype=np.float32)
-    which = np.arange(len(sequences.lengths)) if chosen is None else chosen
-    with torch.no_grad():
-        for micro in micro_batches(
-            sequences, which, token_budget=token_budget, pack=pack, device=device
-        ):
-            values = action_logprobs(model, micro, temperature=temperature, chunk=chunk)
-            result[micro.tokens] = values.cpu().numpy()
-    return result
 
 
 def check_model(model: PreTrainedModel, *, tolerance: float = 1e-4) -> None:

@@ -1,10 +1,11 @@
 """What one training step has done so far, and the metrics that come of it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from loopwright.actors.objective import Tally
+from loopwright.actors.ranks import Ranks
 from loopwright.algorithms.records import TrainBatch
 
 
@@ -19,6 +20,11 @@ class StepProgress:
     grad_norms: list[float] = field(default_factory=list)
     skipped: int = 0
     stopped_early: bool = False
+
+    def summed(self, ranks: Ranks) -> "StepProgress":
+        """Over all ranks; norms, log-ratios and counts of minibatches are of all ranks already, and
+        seconds stay this rank's."""
+        return replace(self, tally=self.tally.summed(ranks))
 
     def metrics(
         self, batch: TrainBatch, *, epochs: int, rate: float, seconds: float

@@ -13,7 +13,8 @@ import torch
 
 from loopwright.actors.model_files import load_tensors, save_model, save_state
 from loopwright.actors.packed_forward import Sequences
-from loopwright.actors.torch_backend import TorchBackend, TrainerSettings
+from loopwright.actors.torch_backend import TorchBackend
+from loopwright.actors.trainer_backend import TrainerSettings, published_tensors
 from loopwright.actors.weights import SharedWeights, WeightManifest, checksum, unlink_stale
 from loopwright.algorithms.records import TrainBatch, decode
 
@@ -67,7 +68,7 @@ class Trainer:
 
         Every engine must have acknowledged the last manifest first.
         """
-        tensors = self.backend.published_tensors()
+        tensors = published_tensors(self.backend)
         if self._shared is None:
             self._shared = SharedWeights.create(self.run_name, tensors)
         else:  # every engine has taken this process's first manifest: a killed trainer's can go
@@ -84,8 +85,8 @@ class Trainer:
         started = time.perf_counter()
         folder = Path(path)
         save_model(
-            self.backend.hugging_face_model(),
-            self.backend.published_tensors(),
+            self.backend.model,
+            published_tensors(self.backend),
             folder,
             source=self.settings.model_path,
         )
@@ -122,7 +123,7 @@ class Trainer:
     def weights_checksum(self) -> int:
         """One crc32 over the names and bytes of all published tensors."""
         total = 0
-        for name, tensor in sorted(self.backend.published_tensors().items()):
+        for name, tensor in sorted(published_tensors(self.backend).items()):
             total = zlib.crc32(f"{name}:{checksum(tensor):08x}".encode(), total)
         return total
 

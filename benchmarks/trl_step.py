@@ -23,7 +23,8 @@ import torch
 
 from loopwright.actors.objective import LossSettings
 from loopwright.actors.tiny_model import build_tiny_policy
-from loopwright.actors.torch_backend import TorchBackend, TrainerSettings
+from loopwright.actors.torch_backend import TorchBackend
+from loopwright.actors.trainer_backend import TrainerSettings
 from loopwright.algorithms.records import TrainBatch
 
 GROUPS, GROUP_SIZE, MINIBATCHES = 32, 8, 4

@@ -170,7 +170,8 @@ def _gpus(config: Config) -> float:
 
 def trainer_settings(config: Config, model_path: str) -> Any:
     """The trainer's plain values, from the tables [model], [algorithm] and [trainer]."""
-    from loopwright.actors.torch_backend import LossSettings, TrainerSettings
+    from loopwright.actors.objective import LossSettings
+    from loopwright.actors.trainer_backend import TrainerSettings
 
     a, t, m = config.algorithm, config.trainer, config.model
     loss: dict[str, Any] = {

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from loopwright.actors.cloning import CloningError, clone
 from loopwright.actors.packed_forward import Sequences
 from loopwright.actors.tiny_model import TinyModelError, build_tiny_policy, train_tokenizer
-from loopwright.actors.torch_backend import TorchBackend, TrainerSettings
+from loopwright.actors.torch_backend import TorchBackend
+from loopwright.actors.trainer_backend import TrainerSettings, published_tensors
 
 TEXTS = ['contacts.find(name="Ana") -> {"id": 17, "at": "09:30"}\n', "Who is Ana? Ask Bo."] * 5
 
@@ -56,7 +57,7 @@ def test_a_built_policy_loads_and_depends_on_its_seed_alone(tmp_path: Path) -> N
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         folder = build_tiny_policy(TEXTS, tmp_path / name, vocab_size=300, seed=seed, **sizes)
         backend = TorchBackend(TrainerSettings(model_path=str(folder)))
-        weight = backend.published_tensors()["model.embed_tokens.weight"]
+        weight = published_tensors(backend)["model.embed_tokens.weight"]
         checksums.append(float(weight.double().sum()))
         assert len(AutoTokenizer.from_pretrained(folder)) == weight.shape[0] <= 300
     assert checksums[0] == checksums[1] != checksums[2]

@@ -19,17 +19,17 @@ from loopwright.actors.packed_forward import (
     action_logprobs,
     check_model,
     micro_batches,
-    sequence_logprobs,
 )
+from loopwright.actors.policy_step import NON_FINITE_LIMIT
 from loopwright.actors.tiny_model import build_tiny_policy
-from loopwright.actors.torch_backend import (
-    NON_FINITE_LIMIT,
+from loopwright.actors.torch_backend import TorchBackend
+from loopwright.actors.trainer import Trainer, TrainerError
+from loopwright.actors.trainer_backend import (
     BackendError,
-    TorchBackend,
     TrainerSettings,
     learning_rate,
+    published_tensors,
 )
-from loopwright.actors.trainer import Trainer, TrainerError
 from loopwright.actors.weights import attach, manifest_checksums, verify
 from loopwright.algorithms.records import TrainBatch, encode
 
@@ -79,7 +79,7 @@ def _sequences(batch: TrainBatch) -> Sequences:
 def _weights_after(settings: TrainerSettings, batch: TrainBatch) -> dict[str, torch.Tensor]:
     backend = TorchBackend(settings)
     backend.train(batch)
-    return {name: t.clone() for name, t in backend.published_tensors().items()}
+    return {name: t.clone() for name, t in published_tensors(backend).items()}
 
 
 def _gradients(settings: TrainerSettings, batch: TrainBatch) -> dict[str, torch.Tensor]:
@@ -101,12 +101,16 @@ def _assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> Non
 
 
 def test_packed_padded_and_single_rows_give_the_same_logprobs(policy: str) -> None:
-    backend, sequences = TorchBackend(TrainerSettings(model_path=policy)), _sequences(_batch())
-    options: dict[str, Any] = {"temperature": 0.8, "chunk": 4096}
-    single = sequence_logprobs(backend.model, sequences, token_budget=1, **options)
-    padded = sequence_logprobs(backend.model, sequences, token_budget=90, **options)
-    packed = sequence_logprobs(backend.model, sequences, token_budget=90, pack=True, **options)
-    chunked = sequence_logprobs(backend.model, sequences, token_budget=90, temperature=0.8, chunk=7)
+    sequences = _sequences(_batch())
+
+    def logprobs(**options: Any) -> np.ndarray:
+        return TorchBackend(
+            TrainerSettings(model_path=policy, temperature=0.8, **options)
+        ).logprobs(sequences)
+
+    single, padded = logprobs(token_budget=1), logprobs(token_budget=90)
+    packed = logprobs(token_budget=90, pack=True)
+    chunked = logprobs(token_budget=90, logprob_chunk=7)
     for other in (padded, packed, chunked):
         np.testing.assert_allclose(other, single, atol=1e-5)
     rows = micro_batches(sequences, np.arange(8), token_budget=90, pack=True)
@@ -306,10 +310,10 @@ def test_published_weights_are_the_trainers_own(policy: str) -> None:
 def test_lora_trains_adapters_only_and_publishes_full_weights(policy: str) -> None:
     plain = TorchBackend(TrainerSettings(model_path=policy))
     backend = TorchBackend(TrainerSettings(model_path=policy, lora_rank=2, lr=1e-2))
-    start = backend.published_tensors()
-    _assert_close(plain.published_tensors(), start)
+    start = published_tensors(backend)
+    _assert_close(published_tensors(plain), start)
     backend.train(_batch())
-    after = backend.published_tensors()
+    after = published_tensors(backend)
     changed = {name for name in after if not torch.equal(after[name], start[name])}
     assert changed and all(name.endswith("_proj.weight") for name in changed)
 
@@ -328,11 +332,11 @@ def test_a_step_out_of_order_is_refused(policy: str) -> None:
 
 def test_minibatches_that_are_not_finite_are_skipped_and_then_fail(policy: str) -> None:
     backend = TorchBackend(TrainerSettings(model_path=policy, minibatches=1))
-    before = {n: t.clone() for n, t in backend.published_tensors().items()}
+    before = {n: t.clone() for n, t in published_tensors(backend).items()}
     for step in range(1, NON_FINITE_LIMIT + 1):
         broken = dataclasses.replace(_batch(step), advantages=np.full(8, np.nan, dtype=np.float32))
         assert backend.train(broken)["train/skipped_minibatches"] == 1
-    for name, value in backend.published_tensors().items():
+    for name, value in published_tensors(backend).items():
         assert torch.equal(value, before[name]), name
     broken = dataclasses.replace(_batch(21), advantages=np.full(8, np.nan, dtype=np.float32))
     with pytest.raises(BackendError, match="21 minibatches were not finite"):
@@ -342,11 +346,11 @@ def test_minibatches_that_are_not_finite_are_skipped_and_then_fail(policy: str) 
 def test_a_policy_far_from_the_proximal_one_ends_the_step(policy: str) -> None:
     settings = TrainerSettings(model_path=policy, proximal="behavior", epochs=3)
     backend = TorchBackend(settings)
-    before = {n: t.clone() for n, t in backend.published_tensors().items()}
+    before = {n: t.clone() for n, t in published_tensors(backend).items()}
     metrics = backend.train(_batch(logprob=-30.0))
     assert metrics["train/stopped_early"] == 1 and metrics["train/optimizer_steps"] == 0
     assert metrics["train/log_ratio_sum_max"] > 20
-    for name, value in backend.published_tensors().items():
+    for name, value in published_tensors(backend).items():
         assert torch.equal(value, before[name]), name
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loopwright.actors.torch_backend import TrainerSettings
 from loopwright.actors.trainer import Trainer
+from loopwright.actors.trainer_backend import TrainerSettings
 from loopwright.algorithms.records import TrainBatch, encode
 from loopwright.orchestrator.cluster import InProcessActor
 from loopwright.orchestrator.faults import (

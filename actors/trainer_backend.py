@@ -1,0 +1,181 @@
+"""What a trainer backend is: model and optimizer of one rank, and the verbs of an optimizer step.
+
+    policy_step.take_step(backend, batch)      the same code for every backend
+        micro-batch:   backend.forward → loss → backend.backward
+        minibatch:     backend.clip → backend.update, or backend.drop_gradient
+    backend.published_buckets()                what engines serve from, a bounded part at a time
+    backend.gather(names), backend.scatter     parameters whole and back, whichever way they lie
+
+On several ranks every process holds such a backend and every verb is called on all of them in the
+same order; `clip`, `gather`, `scatter` and the buckets are collective.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from loopwright.actors.objective import LossSettings
+from loopwright.actors.packed_forward import MicroBatch, Sequences
+from loopwright.actors.ranks import Ranks
+from loopwright.algorithms.records import TrainBatch
+
+BUCKET_BYTES = 256 << 20  # full tensors that exist at the same time while publishing and saving
+
+
+class BackendError(Exception):
+    """A trainer that cannot be built or cannot go on; the text says what, which value and the
+    remedy.
+    """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerSettings:
+    """How to build and run a trainer: plain values, the meanings as in the configuration of the
+    same names.
+    """
+
+    model_path: str  # Hugging Face folder or hub id
+    dtype: str = "float32"
+    device: str = "cpu"
+    seed: int = 0
+    threads: int = 1
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01  # of matrices only
+    grad_clip: float = 1.0  # 0: no clipping
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    total_steps: int = 0  # where linear and cosine reach 0
+    epochs: int = 1
+    minibatches: int = 4
+    token_budget: int = 4096
+    pack: bool = (
+        False  # several sequences a row: for devices on which padding costs more than masks
+    )
+    gradient_checkpointing: bool = False
+    logprob_chunk: int = 2048
+    temperature: float = 1.0
+    proximal: Literal["behavior", "recomputed"] = "recomputed"
+    loss: LossSettings = field(default_factory=LossSettings)
+    lora_rank: int = 0  # 0: train all parameters
+    lora_alpha: float = 32.0
+    lora_targets: str = "all-linear"
+
+    def __post_init__(self) -> None:
+        known = {
+            "proximal": ("behavior", "recomputed"),
+            "schedule": ("constant", "linear", "cosine"),
+        }
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise BackendError(
+                    f"{name}={getattr(self, name)!r}, expected one of {', '.join(values)}"
+                )
+
+
+def learning_rate(settings: TrainerSettings, step: int) -> float:
+    """The rate of step 1, 2, …: linear warm-up, then the schedule, 0 after `total_steps`."""
+    if step <= settings.warmup_steps:
+        return settings.lr * step / settings.warmup_steps
+    if settings.schedule == "constant":
+        return settings.lr
+    span = max(settings.total_steps - settings.warmup_steps, 1)
+    progress = min((step - settings.warmup_steps - 1) / span, 1.0)
+    factor = (
+        1.0 - progress
+        if settings.schedule == "linear"
+        else 0.5 * (1.0 + math.cos(math.pi * progress))
+    )
+    return settings.lr * factor
+
+
+class TrainerBackend(Protocol):
+    """One rank's share of model and optimizer. `update` is the only verb that changes weights."""
+
+    settings: TrainerSettings
+    ranks: Ranks
+    step: int  # the last step taken
+    non_finite: int  # minibatches of the run that were skipped
+    model: PreTrainedModel  # as transformers knows it; its parameters may be sharded
+
+    def train(self, batch: TrainBatch) -> dict[str, float]:
+        """One step on the whole `batch`, of which this rank computes its share; the metrics."""
+        ...
+
+    def logprobs(
+        self,
+        sequences: Sequences,
+        chosen: np.ndarray | None = None,
+        *,
+        temperature: float | None = None,
+    ) -> np.ndarray:
+        """Logprobs of the action tokens of all (or the `chosen`) sequences: [N] float32, 0
+        elsewhere; at the training temperature unless another is given. The same on every rank.
+        """
+        ...
+
+    def forward(self, micro: MicroBatch, *, temperature: float) -> Tensor:
+        """Logprobs of the micro-batch's targets: [M] float32, differentiable unless under
+        `torch.no_grad`. On several ranks all must call it equally often."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`, summed over the ranks, to the gradient of the minibatch."""
+        ...
+
+    def clip(self, limit: float) -> float:
+        """Scale the gradient of the minibatch, over all ranks, down to the norm `limit` (inf: leave
+        it); its norm before."""
+        ...
+
+    def update(self, rate: float) -> None:
+        """One optimizer step at the learning rate `rate`, after `clip`."""
+        ...
+
+    def drop_gradient(self) -> None:
+        """Forget the gradient of the minibatch."""
+        ...
+
+    def gather(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """The parameters of the model with these names, whole, on every rank. They may be the
+        parameters themselves: to be read, not kept."""
+        ...
+
+    def scatter(self, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite parameters by whole tensors, of which each rank takes its share."""
+        ...
+
+    def published_shapes(self) -> dict[str, Tensor]:
+        """All names that `published_buckets` yields, with tensors on the meta device: shapes and
+        dtypes without values. Tied tensors are the same object."""
+        ...
+
+    def published_buckets(self, size_bytes: int = BUCKET_BYTES) -> Iterator[dict[str, Tensor]]:
+        """Every weight under its Hugging Face name, whole, adapters merged, in dictionaries of at
+        most `size_bytes` (or of one tensor that is larger). Tied tensors are the same object, in
+        the same bucket. Every rank must go through to the end; a bucket is valid until the next.
+        """
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Optimizer, step, counters and RNG, and the adapters if there are any; loadable with
+        `weights_only`.
+        """
+        ...
+
+    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Take saved weights (Hugging Face names) and the rest from `state`. Raises `BackendError`
+        on other names.
+        """
+        ...
+
+
+def published_tensors(backend: TrainerBackend) -> dict[str, Tensor]:
+    """All published weights at once: for models that one process can hold."""
+    return {name: t for bucket in backend.published_buckets() for name, t in bucket.items()}
