@@ -62,7 +62,7 @@ class UpdateReport:
     """The engine's answer to a publish: what it now holds."""
 
     version: int
-    checksums: Mapping[str, int]  # tensor name -> crc32 of the bytes the engine serves from
+    checksums: Mapping[str, int]  # tensor name -> xxh3_64 of the bytes the engine serves from
     pause_s: float  # how long generation stood still
     seconds: float  # the whole update
 

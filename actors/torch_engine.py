@@ -41,14 +41,9 @@ from loopwright.actors.engine_thread import (
     deliver,
     drain,
 )
+from loopwright.actors.shared_memory import attach
 from loopwright.actors.torch_model import LeanModel, load_model
-from loopwright.actors.weights import (
-    WeightError,
-    WeightManifest,
-    attach,
-    manifest_checksums,
-    verify,
-)
+from loopwright.actors.weights import WeightError, WeightManifest, manifest_checksums, verify
 
 
 class TorchEngine:

@@ -13,9 +13,10 @@ import torch
 
 from loopwright.actors.model_files import load_tensors, save_model, save_state
 from loopwright.actors.packed_forward import Sequences
+from loopwright.actors.shared_memory import SharedWeights, unlink_stale
 from loopwright.actors.torch_backend import TorchBackend
 from loopwright.actors.trainer_backend import TrainerSettings, published_tensors
-from loopwright.actors.weights import SharedWeights, WeightManifest, checksum, unlink_stale
+from loopwright.actors.weights import WeightManifest, checksum
 from loopwright.algorithms.records import TrainBatch, decode
 
 STATE_FILE = "trainer_state.pt"
@@ -68,12 +69,11 @@ class Trainer:
 
         Every engine must have acknowledged the last manifest first.
         """
-        tensors = published_tensors(self.backend)
         if self._shared is None:
-            self._shared = SharedWeights.create(self.run_name, tensors)
+            self._shared = SharedWeights.create(self.run_name, self.backend.published_shapes())
         else:  # every engine has taken this process's first manifest: a killed trainer's can go
             unlink_stale(self.run_name)
-        return self._shared.write(version, tensors)
+        return self._shared.write_buckets(version, self.backend.published_buckets())
 
     def save(self, path: str) -> dict[str, float]:
         """Write a checkpoint into the folder `path`: Hugging Face weights, config, tokenizer, and

@@ -37,7 +37,8 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
-from loopwright.actors.weights import WeightError, attach, decode, manifest_checksums, verify
+from loopwright.actors.shared_memory import attach
+from loopwright.actors.weights import WeightError, decode, manifest_checksums, verify
 
 BACKEND = "loopwright_shared_memory"
 _PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -119,7 +120,7 @@ class PublishedWeightsExtension:
     """Adds one call to vLLM's worker, and by being imported there registers the backend."""
 
     def verify_published_weights(self, manifest: bytes) -> Mapping[str, Any]:
-        """`{"checksums": {name: crc32}, "refusal": ""}` of what this worker reads, or why not.
+        """`{"checksums": {name: xxh3_64}, "refusal": ""}` of what this worker reads, or why not.
 
         A refusal is returned, not raised: vLLM passes on the text of an error but not its type.
         """

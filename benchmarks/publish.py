@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from loopwright.actors.weights import SharedWeights, attach, manifest_checksums, verify
+from loopwright.actors.shared_memory import SharedWeights, attach
+from loopwright.actors.weights import manifest_checksums, verify
 
 REPEATS = 7
 TENSOR_BYTES = 2 << 20  # a tensor of a small model

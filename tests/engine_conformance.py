@@ -38,12 +38,8 @@ from loopwright.actors.engine import (
     OnUpdate,
     UpdateReport,
 )
-from loopwright.actors.weights import (
-    SEGMENT_FOLDER,
-    SharedWeights,
-    WeightManifest,
-    manifest_checksums,
-)
+from loopwright.actors.shared_memory import SEGMENT_FOLDER, SharedWeights
+from loopwright.actors.weights import WeightManifest, manifest_checksums
 
 VOCAB = 128
 MAX_CONTEXT = 512

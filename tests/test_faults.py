@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from loopwright.actors.weights import SEGMENT_FOLDER, SEGMENT_PREFIX
+from loopwright.actors.shared_memory import SEGMENT_FOLDER, SEGMENT_PREFIX
 from loopwright.orchestrator.cli import DONE, FAILED, REFUSED, STOPPED, main
 from loopwright.orchestrator.ledger import FILE, audit, read
 from loopwright.orchestrator.parts import checkpoints

@@ -31,8 +31,8 @@ from loopwright.actors.engine import (
     FinishReason,
     GenerateRequest,
 )
+from loopwright.actors.shared_memory import SharedWeights
 from loopwright.actors.torch_engine import TorchEngine
-from loopwright.actors.weights import SharedWeights
 from tests.engine_conformance import (
     VOCAB,
     EngineBench,

@@ -21,6 +21,7 @@ from loopwright.actors.packed_forward import (
     micro_batches,
 )
 from loopwright.actors.policy_step import NON_FINITE_LIMIT
+from loopwright.actors.shared_memory import attach
 from loopwright.actors.tiny_model import build_tiny_policy
 from loopwright.actors.torch_backend import TorchBackend
 from loopwright.actors.trainer import Trainer, TrainerError
@@ -30,7 +31,7 @@ from loopwright.actors.trainer_backend import (
     learning_rate,
     published_tensors,
 )
-from loopwright.actors.weights import attach, manifest_checksums, verify
+from loopwright.actors.weights import manifest_checksums, verify
 from loopwright.algorithms.records import TrainBatch, encode
 
 

@@ -26,8 +26,8 @@ from loopwright.actors.engine import (
     FinishReason,
     GenerateRequest,
 )
+from loopwright.actors.shared_memory import SharedWeights
 from loopwright.actors.vllm_engine import VllmEngine
-from loopwright.actors.weights import SharedWeights
 from tests.engine_conformance import (
     EngineBench,
     EngineConformance,

@@ -12,17 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from loopwright.actors.shared_memory import SEGMENT_FOLDER, SharedWeights, attach, unlink_stale
 from loopwright.actors.weights import (
-    SEGMENT_FOLDER,
-    SharedWeights,
     WeightError,
     WeightManifest,
-    attach,
     checksum,
     decode,
     encode,
     manifest_checksums,
-    unlink_stale,
     verify,
 )
 
@@ -213,7 +210,8 @@ def _killed_writer(name: str) -> WeightManifest:
     """The manifest of a writer process that was killed after publishing."""
     code = (
         "import os, sys, torch\n"
-        "from loopwright.actors.weights import SharedWeights, encode\n"
+        "from loopwright.actors.shared_memory import SharedWeights\n"
+        "from loopwright.actors.weights import encode\n"
         f"shared = SharedWeights.create({name!r}, {{'w': torch.ones(4)}})\n"
         "sys.stdout.buffer.write(encode(shared.write(1, {'w': torch.ones(4)})))\n"
         "sys.stdout.flush()\n"
