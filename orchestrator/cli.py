@@ -24,6 +24,7 @@ _TRAIN = """Train a policy as CONFIG says.
   loopwright train quickstart                        the shipped preset, on a laptop
   loopwright train quickstart --set rollout.engine=vllm --set run.name=quick-vllm
   loopwright train my.toml --resume                  go on where the run stopped or was killed
+  loopwright train my.toml --auto-resume             that, or begin: the same command every time
 
 The run's folder (run.dir/run.name) holds config.toml, metrics.jsonl, events.jsonl, ledger/,
 checkpoints/, curve.png and summary.json: enough to
@@ -68,6 +69,12 @@ def build_parser() -> argparse.ArgumentParser:
     _configured(train)
     train.add_argument(
         "--resume", action="store_true", help="go on with the run in run.dir/run.name"
+    )
+    train.add_argument(
+        "--auto-resume",
+        action="store_true",
+        help="go on with that run if it is there, else begin it: for schedulers, which start the "
+        "same command again",
     )
 
     evaluate = commands.add_parser(
@@ -142,11 +149,12 @@ def _first_reason(group: BaseException) -> BaseException:
 
 def _train(arguments: argparse.Namespace) -> int:
     from loopwright.orchestrator.report import tell
-    from loopwright.orchestrator.run import run
+    from loopwright.orchestrator.run import run, run_folder
 
     loaded = _load(arguments)
+    begun = arguments.auto_resume and (run_folder(loaded.config) / "config.toml").exists()
     try:
-        ended = asyncio.run(run(loaded, resume=arguments.resume))
+        ended = asyncio.run(run(loaded, resume=arguments.resume or begun))
     except BaseExceptionGroup as group:
         raise _first_reason(group) from None
     print(tell(ended.folder, ended.summary), flush=True)

@@ -1,4 +1,4 @@
-"""The manifests in `deploy/`: all pass strict schemas and our own rules, and what is wrong is found."""
+"""The manifests in `deploy/` pass strict schemas and our own rules; what is wrong is found."""
 
 import copy
 import shutil

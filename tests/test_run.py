@@ -88,6 +88,13 @@ def test_resume_under_other_tickets_is_refused(
     assert train(tmp_path, policy, "run.steps=2", "trainer.lr=1e-4", resume=True)[0] == DONE
 
 
+def test_the_same_command_begins_a_run_and_goes_on_with_it(tmp_path: Path, policy: str) -> None:
+    assert train(tmp_path, policy, "run.steps=1", auto_resume=True)[0] == DONE
+    code, folder = train(tmp_path, policy, "run.steps=2", auto_resume=True)
+    assert code == DONE
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 2
+
+
 def test_a_run_stopped_by_its_time_is_resumed_to_the_end(tmp_path: Path, policy: str) -> None:
     code, folder = train(tmp_path, policy, "run.max_seconds=1e-6")
     assert code == DONE

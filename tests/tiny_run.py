@@ -88,10 +88,13 @@ def write_config(folder: Path, model: str) -> Path:
     return path
 
 
-def train(folder: Path, model: str, *overrides: str, resume: bool = False) -> tuple[int, Path]:
+def train(
+    folder: Path, model: str, *overrides: str, resume: bool = False, auto_resume: bool = False
+) -> tuple[int, Path]:
     """`loopwright train` in this process; its exit code and the run's folder."""
     arguments = ["train", str(write_config(folder, model))]
     for override in overrides:
         arguments += ["--set", override]
-    code = main([*arguments, "--resume"] if resume else arguments)
+    arguments += ["--resume"] if resume else ["--auto-resume"] if auto_resume else []
+    code = main(arguments)
     return code, folder / "runs" / "tiny"
