@@ -3,7 +3,7 @@
 A row holds one sequence padded on its right, or several end to end. One sequence a row needs no
 mask (what is causal never sees the padding behind it), which is the fastest on a CPU; several need
 a block-diagonal mask and positions that start over. Logits exist for one chunk of action tokens at
-a time, never for the whole micro-batch.
+a time, never for the whole micro-batch (chunked_logprobs.py).
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from loopwright.actors.chunked_logprobs import chunked_logprobs
 from loopwright.algorithms.packing import best_fit_decreasing, padded_micro_batches
 
 
@@ -95,7 +96,9 @@ def _lay_out(sequences: Sequences, rows: Sequence[np.ndarray], device: str) -> M
     width = max(int(sequences.lengths[row].sum()) for row in rows)
     shape = (len(rows), width)
     input_ids = np.zeros(shape, dtype=np.int64)
-    position_ids = np.zeros(shape, dtype=np.int64)
+    # Padding goes on counting: positions that start over are taken for a second sequence, and
+    # Hugging Face then builds a mask that costs memory and the fused attention.
+    position_ids = np.tile(np.arange(width), (len(rows), 1))
     segments = np.full(shape, -1, dtype=np.int64)
     predictors, places = [], []
     for r, row in enumerate(rows):
@@ -161,6 +164,9 @@ def action_logprobs(
     ).last_hidden_state
     picked = hidden.reshape(-1, hidden.shape[-1])[micro.predictors]  # [M, H]
     head = model.get_output_embeddings()
+    if type(head) is nn.Linear and type(head.weight) is nn.Parameter:
+        return chunked_logprobs(picked, head, micro.targets, temperature=temperature, chunk=chunk)
+    # A layer with an adapter or a sharded weight is only known as a module that can be called.
     if len(picked) <= chunk:
         return _chosen(picked, micro.targets, head, temperature)
     parts = []
