@@ -1,4 +1,4 @@
-"""The command line: `loopwright train | eval | warmstart | config | envs | doctor`.
+"""The command line: `loopwright train | eval | warmstart | config | envs | ledger | doctor`.
 
 Exit codes: 0 done · 1 the run failed, the reason is the last line on stderr · 2 refused before
 anything was started · 3 stopped on request with a checkpoint, `--resume` goes on.
@@ -107,6 +107,16 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=raw,
         )
     )
+    from loopwright.orchestrator import ledger_command
+
+    ledger_command.add_arguments(
+        commands.add_parser(
+            "ledger",
+            help="verify, summarise and export a run's ledger",
+            description=ledger_command.ABOUT,
+            formatter_class=raw,
+        )
+    )
     commands.add_parser("doctor", help="what is installed and what works on this machine")
     return parser
 
@@ -186,6 +196,12 @@ def _envs(arguments: argparse.Namespace) -> int:
     return envs_command.execute(arguments)
 
 
+def _ledger(arguments: argparse.Namespace) -> int:
+    from loopwright.orchestrator import ledger_command
+
+    return ledger_command.execute(arguments)
+
+
 def _doctor(_: argparse.Namespace) -> int:
     from loopwright.orchestrator import doctor
 
@@ -198,5 +214,6 @@ _COMMANDS = {
     "warmstart": _warm_start,
     "config": _config,
     "envs": _envs,
+    "ledger": _ledger,
     "doctor": _doctor,
 }

@@ -10,6 +10,7 @@ are all that is needed to train any step again, bit for bit where the arithmetic
 """
 
 import contextlib
+import mmap
 import os
 import struct
 import zlib
@@ -26,6 +27,7 @@ from loopwright.orchestrator.faults import RunError
 
 _HEADER = struct.Struct("<III")
 _HEADER_BODY = struct.Struct("<II")
+HEADER_BYTES = _HEADER.size
 FILE = "ledger.frames"  # in the folder `ledger/` of a run
 
 
@@ -51,25 +53,38 @@ def read_frames(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     before it."""
     data = path.read_bytes()
     offset = 0
-    while offset + _HEADER.size <= len(data):
-        length, checksum, header_checksum = _HEADER.unpack_from(data, offset)
-        if zlib.crc32(data[offset : offset + _HEADER_BODY.size]) != header_checksum:
-            if not any(data[offset:]):  # a file system may leave zeros where a write was cut off
-                return
-            raise LedgerError(f"{path}: frame header at byte {offset} is damaged; restore the file")
-        payload = data[offset + _HEADER.size : offset + _HEADER.size + length]
-        if len(payload) < length:
-            return
-        if zlib.crc32(payload) != checksum:
-            if offset + _HEADER.size + length >= len(data):
+    while offset + HEADER_BYTES <= len(data):
+        payload = frame_at(data, offset)
+        if payload is None:
+            if _is_torn(data, offset):
                 return
             raise LedgerError(
-                f"{path}: frame at byte {offset} ({length} bytes) is damaged: "
-                f"checksum {zlib.crc32(payload):08x}, expected {checksum:08x}; "
-                "restore the file, or cut it there to lose what follows"
+                f"{path}: the frame at byte {offset} is damaged; restore the file, or cut it there "
+                "to lose what follows (`loopwright ledger` tells what that is)"
             )
         yield offset, msgpack.unpackb(payload, strict_map_key=False)
-        offset += _HEADER.size + length
+        offset += HEADER_BYTES + len(payload)
+
+
+def frame_at(data: bytes | mmap.mmap, offset: int) -> bytes | None:
+    """The payload of the frame at `offset`; None unless header and payload carry their
+    checksums."""
+    if offset + HEADER_BYTES > len(data):
+        return None
+    length, checksum, header_checksum = _HEADER.unpack_from(data, offset)
+    if zlib.crc32(data[offset : offset + _HEADER_BODY.size]) != header_checksum:
+        return None
+    payload = data[offset + HEADER_BYTES : offset + HEADER_BYTES + length]
+    return payload if len(payload) == length and zlib.crc32(payload) == checksum else None
+
+
+def _is_torn(data: bytes, offset: int) -> bool:
+    """Whether what begins at `offset` is what a dying process had not written yet, and nothing
+    lies behind it. A file system may leave zeros where a write was cut off."""
+    length, _, header_checksum = _HEADER.unpack_from(data, offset)
+    if zlib.crc32(data[offset : offset + _HEADER_BODY.size]) != header_checksum:
+        return not any(data[offset:])
+    return offset + HEADER_BYTES + length >= len(data)
 
 
 class Ledger:
