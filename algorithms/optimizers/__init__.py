@@ -1,0 +1,27 @@
+"""Optimizers for RL in little memory: one pipeline of small parts, every method a short choice of
+them.
+
+`build` makes one, `predict_state_bytes` says what it will hold, `METHODS` lists them.
+"""
+
+from loopwright.algorithms.optimizers.building import (
+    build,
+    elementwise_methods,
+    method,
+    predict_state_bytes,
+)
+from loopwright.algorithms.optimizers.options import OptimizerError, Options
+from loopwright.algorithms.optimizers.pipeline import Pipeline
+from loopwright.algorithms.optimizers.presets import METHODS, Method
+
+__all__ = [
+    "METHODS",
+    "Method",
+    "OptimizerError",
+    "Options",
+    "Pipeline",
+    "build",
+    "elementwise_methods",
+    "method",
+    "predict_state_bytes",
+]
