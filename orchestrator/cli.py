@@ -1,4 +1,4 @@
-"""The command line: `loopwright train | eval | warmstart | config | envs | ledger | doctor`.
+"""The command line, `loopwright train` and its kin.
 
 Exit codes: 0 done · 1 the run failed, the reason is the last line on stderr · 2 refused before
 anything was started · 3 stopped on request with a checkpoint, `--resume` goes on.
@@ -107,8 +107,16 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=raw,
         )
     )
-    from loopwright.orchestrator import ledger_command
+    from loopwright.orchestrator import ledger_command, submit
 
+    job = commands.add_parser(
+        "submit",
+        help="run on a Ray cluster, as a job",
+        description=submit.ABOUT,
+        formatter_class=raw,
+    )
+    _configured(job)
+    submit.add_arguments(job)
     ledger_command.add_arguments(
         commands.add_parser(
             "ledger",
@@ -196,6 +204,12 @@ def _envs(arguments: argparse.Namespace) -> int:
     return envs_command.execute(arguments)
 
 
+def _submit(arguments: argparse.Namespace) -> int:
+    from loopwright.orchestrator import submit
+
+    return submit.execute(arguments)
+
+
 def _ledger(arguments: argparse.Namespace) -> int:
     from loopwright.orchestrator import ledger_command
 
@@ -215,5 +229,6 @@ _COMMANDS = {
     "config": _config,
     "envs": _envs,
     "ledger": _ledger,
+    "submit": _submit,
     "doctor": _doctor,
 }

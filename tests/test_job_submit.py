@@ -210,3 +210,62 @@ def test_a_job_that_fails_says_why_on_its_last_line(head: Head, policy: str) -> 
     assert log[-1].startswith("loopwright: the Ray cluster made no room within 4 s for 4 CPUs on")
     assert "its nodes have 3 CPUs" in log[-1] and "rollout.engines" in log[-1]
     assert "exit code 1" in head.ask("/api/jobs/too-big")["message"]
+
+
+def _submit(head: Head, capture: list[str], folder: Path, *arguments: str) -> int:
+    """`loopwright submit` in `folder`; what it and the job print goes to `capture`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "loopwright.orchestrator", "submit", *arguments],
+        cwd=folder,
+        env=head.environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=_DEADLINE_S,
+    )
+    capture[:] = [*done.stdout.splitlines(), *done.stderr.splitlines()]
+    return done.returncode
+
+
+def test_a_users_project_is_submitted_and_the_same_command_goes_on_with_it(
+    head: Head, policy: str, tmp_path: Path
+) -> None:
+    """A folder with a configuration, and a package beside it that the cluster has never seen."""
+    project = tmp_path / "project"
+    project.mkdir()
+    package = tmp_path / "elsewhere" / "loopwright_pantry"
+    shutil.copytree(ROOT / "examples" / "my_env" / "loopwright_pantry", package)
+    (project / "my.toml").write_text(
+        '[run]\nname = "mine"\n[environment]\nname = "loopwright_pantry:Pantry"\n'
+    )
+    settings = _settings(head, policy, "mine")
+    command = ["my.toml", "--address", head.address, "--package", str(package), *settings]
+    command += ["--set", "environment.max_context=256", "--metadata", "owner=me"]
+    log: list[str] = []
+    assert _submit(head, log, project, *command, "--set", "run.steps=1") == 0, log[-5:]
+    assert head.ask("/api/jobs/mine")["metadata"]["owner"] == "me"
+    assert _submit(head, log, project, *command, "--set", "run.steps=2") == 0, log[-5:]
+    assert "job mine had ended (SUCCEEDED): its run goes on" in log
+    summary = json.loads((head.folder / "runs" / "mine" / "summary.json").read_text())
+    assert (summary["complete"], summary["steps"]) == (True, 2)
+
+
+def test_what_cannot_work_is_refused_before_anything_is_sent(head: Head, tmp_path: Path) -> None:
+    log: list[str] = []
+
+    def refused(*arguments: str, address: str = head.address) -> str:
+        assert _submit(head, log, tmp_path, *arguments, "--address", address) == 2, log
+        return log[-1]
+
+    absolute = ("--set", f"run.dir={tmp_path}")
+    assert "an absolute path that every node sees" in refused("quickstart")
+    assert "expected the head's dashboard" in refused("quickstart", *absolute, address="head:1")
+    nobody = f"http://127.0.0.1:{_free_ports(1)[0]}"
+    assert "no Ray dashboard answers" in refused("quickstart", *absolute, address=nobody)
+    wrong = head.environment | {"RAY_AUTH_TOKEN": "0" * 64}
+    stranger = Head(address=head.address, environment=wrong, folder=head.folder)
+    assert _submit(stranger, log, tmp_path, "quickstart", *absolute, "--address", head.address) == 2
+    assert "the token in RAY_AUTH_TOKEN is not its" in log[-1]
+    misspelt = refused("quickstart", *absolute, "--set", "environment.name=oficeworld")
+    assert "did you mean officeworld?" in misspelt
+    assert "no __init__.py there" in refused("quickstart", *absolute, "--package", str(tmp_path))
+    assert "expected KEY=VALUE" in refused("quickstart", *absolute, "--metadata", "mine")
