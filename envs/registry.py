@@ -28,6 +28,7 @@ BUILT_IN: Mapping[str, str] = MappingProxyType(
     {
         "officeworld": "loopwright.envs.officeworld:OfficeWorld",
         "reasoning_gym": "loopwright.envs.reasoning_gym:ReasoningGym",
+        "search": "loopwright.envs.search:Search",
     }
 )
 

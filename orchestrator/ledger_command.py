@@ -302,6 +302,4 @@ def _schema(row: dict[str, Any]) -> Any:
         **dict.fromkeys(("token_ids", "policy_versions"), pa.list_(pa.list_(pa.int32()))),
     }
     texts = {name for name, value in row.items() if isinstance(value, str)}
-    return pa.schema(
-        [(n, types.get(n, pa.string() if n in texts else pa.int64())) for n in row]
-    )
+    return pa.schema([(n, types.get(n, pa.string() if n in texts else pa.int64())) for n in row])
