@@ -11,10 +11,10 @@ from typing import Protocol
 
 import numpy as np
 
-from loopwright.actors.model_files import save_model
+from loopwright.actors.checkpoint import save_weights
 from loopwright.actors.packed_forward import Sequences, micro_batches
 from loopwright.actors.torch_backend import TorchBackend
-from loopwright.actors.trainer_backend import TrainerSettings, learning_rate, published_tensors
+from loopwright.actors.trainer_backend import TrainerSettings, learning_rate
 
 _WARMUP_STEPS = 50
 _RECENT_STEPS = 15  # optimizer steps that the early stop averages over
@@ -108,7 +108,7 @@ def clone(
             progress(step, loss)
         if len(matches) == _RECENT_STEPS and float(np.mean(matches)) >= until_match:
             break
-    save_model(backend.model, published_tensors(backend), Path(out_dir), source=str(model_path))
+    save_weights(backend, Path(out_dir))
     return CloningReport(
         demonstrations=min(len(sequences), len(losses) * batch),
         steps=len(losses),
@@ -158,7 +158,6 @@ def _cloning_step(
         total += float(loss.detach())
         owner = np.searchsorted(sequences.starts, micro.tokens, side="right") - 1
         np.add.at(whole, owner, lp.detach().cpu().numpy())
-    backend.clip(1.0)
-    backend.update(rate)
+    backend.update(rate, 1.0)
     backend.drop_gradient()
     return total, tokens, float(np.exp(whole[chosen]).mean())

@@ -74,3 +74,19 @@ def merged_weight(layer: nn.Module, parameters: Sequence[Tensor]) -> Tensor:
     with torch.no_grad():
         twin.merge(safe_merge=False, adapter_names=[_NAME])
     return base.get_parameter("weight").detach()
+
+
+def peft_name(parameter: str) -> str:
+    """The name under which peft saves a parameter of an adapted model."""
+    short = f".{parameter}.".replace(f".{_NAME}.", ".").strip(".")
+    if short.endswith(".lora_magnitude_vector.weight"):
+        short = short.removesuffix(".weight")
+    return f"base_model.model.{short}"
+
+
+def peft_config(model: PreTrainedModel) -> dict[str, Any]:
+    """What `adapter_config.json` says about the adapter of `model`."""
+    config: dict[str, Any] = model.peft_config[_NAME].to_dict()
+    return {
+        key: sorted(value) if isinstance(value, set) else value for key, value in config.items()
+    }

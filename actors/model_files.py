@@ -1,17 +1,11 @@
-"""A model folder on disk: Hugging Face weights and config, the tokenizer beside them, everything
-flushed.
-"""
+"""A model folder on disk: loading it to train, and what lies beside its weights."""
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json", ".pth", ".gguf")
@@ -62,20 +56,12 @@ def refuse_dropout(config: Mapping[str, Any]) -> None:
         )
 
 
-def save_model(
-    model: PreTrainedModel, tensors: Mapping[str, Tensor], folder: Path, *, source: str
-) -> None:
-    """Write `tensors` (Hugging Face names, tied ones shared) and the config of `model` to `folder`,
-    made if missing.
-
-    Tokenizer, chat template and generation config are copied from `source`, the folder or hub id
-    the model came from.
+def save_config(model: PreTrainedModel, folder: Path, *, source: str) -> None:
+    """Write the config of `model` to `folder`, which exists, and copy tokenizer, chat template and
+    generation config from `source`, the folder or hub id that the model came from.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        model.save_pretrained(folder, state_dict={name: t.detach() for name, t in tensors.items()})
-    except SafetensorError as error:
-        raise OSError(f"{folder}: {error}") from error
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
     origin = Path(source).expanduser()
     if origin.is_dir():
         for file in sorted(origin.iterdir()):
@@ -83,38 +69,5 @@ def save_model(
                 shutil.copyfile(file, folder / file.name)
     else:
         AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-    flush_folder(folder)
-
-
-def load_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of the safetensors files in `folder`, by name."""
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(file)
-    if not tensors:
-        raise FileNotFoundError(
-            f"{folder}: no *.safetensors there; it is not a checkpoint of this trainer"
-        )
-    return tensors
-
-
-def save_state(state: Mapping[str, object], file: Path) -> None:
-    """Write a trainer state that `torch.load(weights_only=True)` reads. Raises `OSError` where the
-    disk does not take it."""
-    try:
-        torch.save(dict(state), file)
-    except RuntimeError as error:
-        raise OSError(f"{file}: {str(error).splitlines()[0]}") from error
-    flush_folder(file.parent)
-
-
-def flush_folder(folder: Path) -> None:
-    """fsync every file of `folder` and the folder itself, so that a power cut after this loses
-    nothing.
-    """
-    for path in (*(p for p in sorted(folder.iterdir()) if p.is_file()), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)

@@ -186,14 +186,15 @@ class _Step:
         )
         log_ratio = self._accumulate_gradient(chosen, units) / max(units.rollouts, 1)
         progress.tally.log_ratio_by_minibatch.append(log_ratio)
-        norm = backend.clip(self.settings.grad_clip or math.inf)
-        if not (math.isfinite(norm) and math.isfinite(log_ratio)):
-            self._skip(norm)
-        elif abs(log_ratio) > LOG_RATIO_LIMIT:
-            progress.stopped_early = True
-        else:
-            backend.update(self.rate)
+        norm = math.nan
+        if abs(log_ratio) > LOG_RATIO_LIMIT:
+            progress.stopped_early = math.isfinite(log_ratio)
+        elif math.isfinite(log_ratio):
+            norm = backend.update(self.rate, self.settings.grad_clip or math.inf)
+        if math.isfinite(norm):
             progress.grad_norms.append(norm)
+        elif not progress.stopped_early:
+            self._skip(norm)
         backend.drop_gradient()
 
     def _accumulate_gradient(self, chosen: np.ndarray, units: MinibatchUnits) -> float:

@@ -1,5 +1,10 @@
 """The trainer: one long-lived process that holds the weights, takes a batch, and publishes what
 came of it.
+
+With several ranks there are as many of these processes, and every call goes to all of them: each
+holds its share, and rank 0 alone writes shared memory and checkpoints. They meet first:
+
+    address = rank 0 .meet(…)        every rank .join(address, …)        then as one process
 """
 
 import os
@@ -9,17 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from loopwright.actors.model_files import load_tensors, save_model, save_state
+from loopwright.actors import checkpoint
 from loopwright.actors.packed_forward import Sequences
+from loopwright.actors.ranks import Meeting, Ranks, join
 from loopwright.actors.shared_memory import SharedWeights, unlink_stale
-from loopwright.actors.torch_backend import TorchBackend
-from loopwright.actors.trainer_backend import TrainerSettings, published_tensors
+from loopwright.actors.trainer_backend import TrainerBackend, TrainerSettings
 from loopwright.actors.weights import WeightManifest, checksum
 from loopwright.algorithms.records import TrainBatch, decode
-
-STATE_FILE = "trainer_state.pt"
+from loopwright.configs.backends import load_backend
 
 
 class TrainerError(Exception):
@@ -29,14 +32,52 @@ class TrainerError(Exception):
 class Trainer:
     """Plain class, used in process or as an actor. Calls come one at a time."""
 
-    def __init__(self, settings: TrainerSettings, run_name: str) -> None:
+    def __init__(self, settings: TrainerSettings, run_name: str, rank: int = 0) -> None:
         """Load the model: that is policy version 0. `run_name` goes into the shared memory
-        segment's name.
+        segment's name. One `rank` of several loads it after `join`, when it is first needed.
         """
         self.settings = settings
         self.run_name = run_name
-        self.backend = TorchBackend(settings)
+        self._rank = rank
+        self._ranks: Ranks | None = None
+        self._meeting: Meeting | None = None
+        self._backend: TrainerBackend | None = None
         self._shared: SharedWeights | None = None
+        if settings.ranks == 1:
+            self._backend = self._build()
+
+    @property
+    def backend(self) -> TrainerBackend:
+        """Model and optimizer; loaded at the first use."""
+        if self._backend is None:
+            self._backend = self._build()
+        return self._backend
+
+    def _build(self) -> TrainerBackend:
+        if self.settings.ranks > 1 and self._ranks is None:
+            raise TrainerError(
+                f"trainer rank {self._rank} of {self.settings.ranks} has not joined the others"
+            )
+        build = load_backend("trainer.backend", self.settings.backend)
+        backend: TrainerBackend = build(self.settings, self._ranks)
+        return backend
+
+    def meet(self, timeout_s: float) -> str:
+        """Rank 0: open the place where all ranks meet; its address."""
+        self._meeting = Meeting(timeout_s)
+        return self._meeting.address
+
+    def join(self, address: str, timeout_s: float) -> None:
+        """Meet the other ranks there. Raises `RanksError` if one is missing after `timeout_s`,
+        which from then on bounds every exchange with them."""
+        self._backend = None
+        self._ranks = join(
+            address,
+            rank=self._rank,
+            size=self.settings.ranks,
+            device=self.settings.device,
+            timeout_s=timeout_s,
+        )
 
     def step(self, step: int, batch: bytes) -> dict[str, float]:
         """Train on the encoded `TrainBatch` of `step` and return the metrics.
@@ -63,12 +104,16 @@ class Trainer:
             )
         return self.backend.train(record)
 
-    def publish(self, version: int) -> WeightManifest:
+    def publish(self, version: int) -> WeightManifest | None:
         """Write the current weights to shared memory as policy version `version`; the manifest
-        tells where.
+        tells where (rank 0; the others have none).
 
         Every engine must have acknowledged the last manifest first.
         """
+        if self._rank:
+            for _ in self.backend.published_buckets():
+                pass
+            return None
         if self._shared is None:
             self._shared = SharedWeights.create(self.run_name, self.backend.published_shapes())
         else:  # every engine has taken this process's first manifest: a killed trainer's can go
@@ -83,33 +128,19 @@ class Trainer:
         the caller's.
         """
         started = time.perf_counter()
-        folder = Path(path)
-        save_model(
-            self.backend.model,
-            published_tensors(self.backend),
-            folder,
-            source=self.settings.model_path,
-        )
-        save_state(self.backend.state(), folder / STATE_FILE)
+        checkpoint.save(self.backend, Path(path))
         return {"time/save_s": time.perf_counter() - started}
 
     def load(self, path: str) -> int:
         """Take weights, optimizer, RNG and step from the checkpoint at `path`; returns the step."""
-        folder = Path(path)
-        state_file = folder / STATE_FILE
-        if not state_file.is_file():
-            raise TrainerError(
-                f"checkpoint {path!r}: no {STATE_FILE} there; it holds weights to start from, not "
-                "a run"
-            )
-        state = torch.load(state_file, map_location=self.settings.device, weights_only=True)
-        self.backend.restore(load_tensors(folder), state)
+        checkpoint.load(self.backend, Path(path))
         return self.backend.step
 
     def reset(self, model_path: str) -> None:
         """Begin again at version 0 from the weights at `model_path`, with a fresh optimizer."""
         self.settings = replace(self.settings, model_path=model_path)
-        self.backend = TorchBackend(self.settings)
+        self._backend = None  # first: not two models at the same time
+        self._backend = self._build()
 
     def probe(self, token_ids: np.ndarray) -> np.ndarray:
         """Logprob [T-1] float32 of each token [T] after the first under the current weights, at
@@ -122,14 +153,20 @@ class Trainer:
 
     def weights_checksum(self) -> int:
         """One crc32 over the names and bytes of all published tensors."""
+        found = {
+            name: checksum(tensor)
+            for bucket in self.backend.published_buckets()
+            for name, tensor in bucket.items()
+        }
         total = 0
-        for name, tensor in sorted(published_tensors(self.backend).items()):
-            total = zlib.crc32(f"{name}:{checksum(tensor):08x}".encode(), total)
+        for name, of_tensor in sorted(found.items()):
+            total = zlib.crc32(f"{name}:{of_tensor:08x}".encode(), total)
         return total
 
     def ping(self) -> dict[str, float]:
         """A sign of life: the last step taken and the process."""
-        return {"step": float(self.backend.step), "pid": float(os.getpid())}
+        step = self._backend.step if self._backend is not None else 0
+        return {"step": float(step), "pid": float(os.getpid())}
 
     def close(self) -> None:
         """Unlink the shared memory; engines that map it keep what they map. Idempotent."""

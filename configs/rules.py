@@ -129,6 +129,8 @@ def _unused(c: Config) -> Iterator[tuple[bool, str, tuple[str, ...]]]:
     yield weighs or off, loss, ("algorithm.mismatch",)
     yield weighs and not off, f"{mismatch} and {loss}", ("algorithm.mismatch_cap",)
     yield c.algorithm.mismatch == "masked_is", mismatch, ("algorithm.mismatch_low",)
+    optimizer = f"trainer.optimizer = {c.trainer.optimizer!r} (put it into optimizer_options)"
+    yield c.trainer.optimizer == "adamw", optimizer, ("trainer.betas", "trainer.eps")
     lora = ("model.lora_alpha", "model.lora_targets")
     yield c.model.lora_rank > 0, "model.lora_rank = 0", lora
 

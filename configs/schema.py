@@ -218,11 +218,23 @@ class AlgorithmConfig(_Table):
 class TrainerConfig(_Table):
     """[trainer] The optimizer step."""
 
+    backend: Literal["torch", "fsdp2"] = Field(
+        "torch", description="one process, or ranks that share weights and optimizer states"
+    )
+    backend_options: dict[str, Any] = Field(
+        default_factory=dict, description="passed to the backend named above, and to no other"
+    )
+    optimizer: str = Field(
+        "adamw", min_length=1, description="a method of loopwright.algorithms.optimizers"
+    )
+    optimizer_options: dict[str, Any] = Field(
+        default_factory=dict, description="passed to the optimizer named above, and to no other"
+    )
     lr: float = Field(1e-4, gt=0, description="peak learning rate")
     betas: tuple[float, float] = Field(
-        (0.9, 0.999), strict=False, description="decay of first and second moment"
+        (0.9, 0.999), strict=False, description="decay of first and second moment (adamw)"
     )
-    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment (adamw)")
     weight_decay: float = Field(0.01, ge=0, description="decoupled; applied to matrices only")
     grad_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 = no clipping")
     schedule: Literal["constant", "linear", "cosine"] = Field(

@@ -202,6 +202,10 @@ def trainer_settings(config: Config, model_path: str) -> Any:
         lora_rank=m.lora_rank,
         lora_alpha=m.lora_alpha,
         lora_targets=m.lora_targets,
+        backend=t.backend,
+        backend_options=t.backend_options,
+        optimizer=t.optimizer,
+        optimizer_options=t.optimizer_options,
         threads=t.threads,
         lr=t.lr,
         betas=t.betas,
@@ -216,6 +220,19 @@ def trainer_settings(config: Config, model_path: str) -> Any:
         gradient_checkpointing=t.gradient_checkpointing,
         logprob_chunk=t.logprob_chunk,
     )
+
+
+def check_trainer(config: Config) -> None:
+    """Refuse an optimizer or backend that cannot be had as asked, before anything is started."""
+    from loopwright.actors.optimizer_choice import optimizer_options
+    from loopwright.actors.trainer_backend import BackendError
+    from loopwright.algorithms.optimizers import OptimizerError
+
+    settings = trainer_settings(config, config.model.path)
+    try:
+        optimizer_options(settings)
+    except (OptimizerError, BackendError) as error:
+        raise Refused(f"[trainer]: {error}") from error
 
 
 def check_model(path: str) -> None:

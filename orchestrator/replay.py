@@ -45,11 +45,18 @@ def replay(folder: Path) -> Iterator[Replayed]:
     config = load(folder / "config.toml").config
     state = ledger.read(folder / "ledger" / ledger.FILE)
     settings = assembly.trainer_settings(config, first_weights(config, folder))
+    if settings.ranks > 1:
+        raise RunError(
+            f"{folder}: trained by {settings.ranks} ranks, whose sums differ in the last bits from "
+            "those of the one process here: only runs with trainer.ranks = 1 replay bit for bit"
+        )
     trainer = Trainer(settings, f"{config.run.name}-replay")
     try:
         for step in sorted(state.trained):
             trainer.step(step, encode(batch_of(config, state, step)))
-            now = checksum_of(trainer.publish(step))
+            manifest = trainer.publish(step)
+            assert manifest is not None, "rank 0 has one"
+            now = checksum_of(manifest)
             yield Replayed(step=step, recorded=state.checksums[step], now=now)
     finally:
         trainer.close()

@@ -98,6 +98,7 @@ def prepare_folder(loaded: Loaded, resume: bool) -> Path:
     """Checks that need nothing started; the run's folder with its `config.toml`."""
     config = loaded.config
     assembly.check_model(config.model.path)
+    assembly.check_trainer(config)
     folder = run_folder(config)
     started = (folder / "config.toml").exists()
     if started and not resume:

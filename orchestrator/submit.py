@@ -226,4 +226,3 @@ class JobApi:
                 f"{self.address}: no Ray dashboard answers within {_TIMEOUT_S:g} s ({error}); is "
                 "the head up, and the port forwarded?"
             ) from error
-

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from loopwright.actors.model_files import load_tensors
+from loopwright.actors.tensor_files import TensorFolder
 from loopwright.algorithms.records import Rollout, decode
 from loopwright.orchestrator.cli import DONE
 from loopwright.orchestrator.faults import RunError
@@ -106,11 +106,13 @@ def test_the_synchronous_loop_is_plain_ppo(tmp_path: Path, policy: str) -> None:
     expected, trained, gap = _reference(policy, read(folder / "ledger" / FILE))
     assert trained >= 2 * STEPS, "hardly any rollout had an advantage: the test would show little"
     assert gap < 1e-4
-    found, before = load_tensors(checkpoints(folder)[-1][1]), load_tensors(Path(policy))
-    for name, value in found.items():
+    found, before = (TensorFolder(f, "model") for f in (checkpoints(folder)[-1][1], Path(policy)))
+    for name in found.names:
         reference = expected[name].detach()
-        torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-6, msg=f"{name} differs")
-    assert max(float((found[n] - before[n]).abs().max()) for n in found) > 1e-3
+        torch.testing.assert_close(
+            found.read(name), reference, rtol=1e-5, atol=1e-6, msg=f"{name} differs"
+        )
+    assert max(float((found.read(n) - before.read(n)).abs().max()) for n in found.names) > 1e-3
 
 
 def test_an_asynchronous_run_replays_bit_for_bit(tmp_path: Path, policy: str) -> None:

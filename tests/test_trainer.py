@@ -22,7 +22,6 @@ from loopwright.actors.packed_forward import (
 )
 from loopwright.actors.policy_step import NON_FINITE_LIMIT
 from loopwright.actors.shared_memory import attach
-from loopwright.actors.tiny_model import build_tiny_policy
 from loopwright.actors.torch_backend import TorchBackend
 from loopwright.actors.trainer import Trainer, TrainerError
 from loopwright.actors.trainer_backend import (
@@ -33,44 +32,12 @@ from loopwright.actors.trainer_backend import (
 )
 from loopwright.actors.weights import manifest_checksums, verify
 from loopwright.algorithms.records import TrainBatch, encode
+from tests.train_batches import build_policy, make_batch
 
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("policy")
-    shape: dict[str, Any] = {"hidden_size": 32, "layers": 2, "heads": 2, "kv_heads": 1}
-    build_tiny_policy(
-        ["find Ana = 17 ."] * 3,
-        folder,
-        intermediate_size=48,
-        vocab_size=300,
-        max_context=128,
-        **shape,
-    )
-    return str(folder)
-
-
-def _batch(
-    step: int = 1, *, seed: int = 0, rollouts: int = 8, contexts: int = 1, logprob: float = -5.5
-) -> TrainBatch:
-    random = np.random.default_rng(seed)
-    lengths = random.integers(6, 24, rollouts * contexts).astype(np.int32)
-    tokens = int(lengths.sum())
-    mask = random.random(tokens) < 0.5
-    starts = np.cumsum(lengths) - lengths
-    mask[starts], mask[starts + lengths - 1] = False, True
-    turns = np.concatenate([np.arange(n) * 2 // n for n in lengths])
-    return TrainBatch(
-        step=step,
-        token_ids=random.integers(0, 250, tokens).astype(np.int32),
-        action_mask=mask,
-        behavior_logprobs=np.where(mask, logprob, 0).astype(np.float32),
-        turn_ids=np.where(mask, turns, -1).astype(np.int16),
-        lengths=lengths,
-        rollout_ids=np.repeat(np.arange(rollouts), contexts).astype(np.int32),
-        advantages=np.repeat(random.normal(size=rollouts), contexts).astype(np.float32),
-        rollout_count=rollouts + 2,
-    )
+    return build_policy(tmp_path_factory.mktemp("policy"))
 
 
 def _sequences(batch: TrainBatch) -> Sequences:
@@ -102,7 +69,7 @@ def _assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> Non
 
 
 def test_packed_padded_and_single_rows_give_the_same_logprobs(policy: str) -> None:
-    sequences = _sequences(_batch())
+    sequences = _sequences(make_batch())
 
     def logprobs(**options: Any) -> np.ndarray:
         return TorchBackend(
@@ -148,7 +115,7 @@ def test_chunked_logprobs_have_the_same_gradient(policy: str) -> None:
     gradients = []
     for chunk in (4096, 5):
         backend = TorchBackend(TrainerSettings(model_path=policy))
-        for micro in micro_batches(_sequences(_batch()), np.arange(8), token_budget=200):
+        for micro in micro_batches(_sequences(make_batch()), np.arange(8), token_budget=200):
             action_logprobs(backend.model, micro, temperature=1.0, chunk=chunk).sum().backward()
         gradients.append(
             {n: p.grad for n, p in backend.model.named_parameters() if p.grad is not None}
@@ -170,7 +137,7 @@ LOSSES = [
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda s: f"{s.loss}-{s.level}-{s.aggregation}")
 def test_the_gradient_does_not_depend_on_micro_batches(policy: str, loss: LossSettings) -> None:
-    batch = _batch(contexts=2)
+    batch = make_batch(contexts=2)
     settings = TrainerSettings(model_path=policy, proximal="behavior", loss=loss, seed=1)
     whole = _gradients(dataclasses.replace(settings, token_budget=100_000), batch)
     assert max(float(g.abs().max()) for g in whole.values()) > 1e-4
@@ -180,7 +147,7 @@ def test_the_gradient_does_not_depend_on_micro_batches(policy: str, loss: LossSe
 
 
 def test_the_gradient_does_not_depend_on_the_order_of_sequences(policy: str) -> None:
-    batch = _batch(contexts=2)
+    batch = make_batch(contexts=2)
     order = np.random.default_rng(3).permutation(len(batch.lengths))
     parts = np.split(np.arange(len(batch.token_ids)), np.cumsum(batch.lengths)[:-1])
     places = np.concatenate([parts[i] for i in order])
@@ -198,7 +165,7 @@ def test_two_ranks_add_up_to_one(policy: str) -> None:
     """Rollouts dealt to two ranks, each dividing by the constant of both: gradients sum to one
     rank's.
     """
-    batch = _batch(rollouts=6)
+    batch = make_batch(rollouts=6)
     whole = _gradients(TrainerSettings(model_path=policy), batch)
     halves = []
     for keep in (batch.rollout_ids < 1, batch.rollout_ids >= 1):  # very different token counts
@@ -215,9 +182,9 @@ def test_two_ranks_add_up_to_one(policy: str) -> None:
 
 def test_gradient_checkpointing_changes_nothing(policy: str) -> None:
     settings = TrainerSettings(model_path=policy)
-    plain = _gradients(settings, _batch())
+    plain = _gradients(settings, make_batch())
     _assert_close(
-        plain, _gradients(dataclasses.replace(settings, gradient_checkpointing=True), _batch())
+        plain, _gradients(dataclasses.replace(settings, gradient_checkpointing=True), make_batch())
     )
 
 
@@ -225,7 +192,7 @@ def test_the_first_gradient_is_that_of_advantage_times_logprob(policy: str) -> N
     """At ratio 1 the PPO gradient is REINFORCE's: written out here by hand, without units or
     weights.
     """
-    batch = _batch()
+    batch = make_batch()
     found = _gradients(
         TrainerSettings(model_path=policy, loss=LossSettings(mismatch="none")), batch
     )
@@ -245,7 +212,7 @@ def test_the_first_gradient_is_that_of_advantage_times_logprob(policy: str) -> N
 
 def test_training_raises_what_was_better_than_the_others(policy: str) -> None:
     backend = TorchBackend(TrainerSettings(model_path=policy, lr=1e-3))
-    batch = _batch()
+    batch = make_batch()
     before = backend.logprobs(_sequences(batch))
     metrics = backend.train(batch)
     gained = (backend.logprobs(_sequences(batch)) - before) * np.repeat(
@@ -265,7 +232,7 @@ def test_resume_is_bit_equal(policy: str, tmp_path: Path, lora_rank: int) -> Non
         total_steps=5,
         lora_rank=lora_rank, lr=1e-3,
     )  # fmt: skip
-    batches = [encode(_batch(step, seed=step)) for step in range(1, 5)]
+    batches = [encode(make_batch(step, seed=step)) for step in range(1, 5)]
     straight = Trainer(settings, "straight")
     for step in range(1, 5):
         straight.step(step, batches[step - 1])
@@ -285,7 +252,7 @@ def test_a_checkpoint_is_a_hugging_face_model_with_its_tokenizer(
 ) -> None:
     for rank in (0, 2):
         trainer = Trainer(TrainerSettings(model_path=policy, lora_rank=rank, lr=1e-2), "saved")
-        trainer.step(1, encode(_batch()))
+        trainer.step(1, encode(make_batch()))
         trainer.save(str(tmp_path / str(rank)))
         again = Trainer(TrainerSettings(model_path=str(tmp_path / str(rank))), "again")
         ids = np.arange(12, dtype=np.int32)
@@ -296,7 +263,7 @@ def test_a_checkpoint_is_a_hugging_face_model_with_its_tokenizer(
 def test_published_weights_are_the_trainers_own(policy: str) -> None:
     trainer = Trainer(TrainerSettings(model_path=policy), "published")
     try:
-        trainer.step(1, encode(_batch()))
+        trainer.step(1, encode(make_batch()))
         manifest = trainer.publish(1)
         tensors = attach(manifest)
         verify(tensors, manifest_checksums(manifest))
@@ -313,7 +280,7 @@ def test_lora_trains_adapters_only_and_publishes_full_weights(policy: str) -> No
     backend = TorchBackend(TrainerSettings(model_path=policy, lora_rank=2, lr=1e-2))
     start = published_tensors(backend)
     _assert_close(published_tensors(plain), start)
-    backend.train(_batch())
+    backend.train(make_batch())
     after = published_tensors(backend)
     changed = {name for name in after if not torch.equal(after[name], start[name])}
     assert changed and all(name.endswith("_proj.weight") for name in changed)
@@ -321,25 +288,28 @@ def test_lora_trains_adapters_only_and_publishes_full_weights(policy: str) -> No
 
 def test_a_step_out_of_order_is_refused(policy: str) -> None:
     trainer = Trainer(TrainerSettings(model_path=policy), "order")
-    trainer.step(1, encode(_batch(1)))
+    trainer.step(1, encode(make_batch(1)))
     checksum = trainer.weights_checksum()
     for step in (1, 3):
         with pytest.raises(TrainerError, match=f"step {step}.*next is 2"):
-            trainer.step(step, encode(_batch(step)))
+            trainer.step(step, encode(make_batch(step)))
     with pytest.raises(TrainerError, match="step 2: got a TrainBatch of step 1"):
-        trainer.step(2, encode(_batch(1)))
+        trainer.step(2, encode(make_batch(1)))
     assert trainer.weights_checksum() == checksum
 
 
 def test_minibatches_that_are_not_finite_are_skipped_and_then_fail(policy: str) -> None:
     backend = TorchBackend(TrainerSettings(model_path=policy, minibatches=1))
+    lost = np.full(8, np.nan, dtype=np.float32)
     before = {n: t.clone() for n, t in published_tensors(backend).items()}
     for step in range(1, NON_FINITE_LIMIT + 1):
-        broken = dataclasses.replace(_batch(step), advantages=np.full(8, np.nan, dtype=np.float32))
+        broken = dataclasses.replace(
+            make_batch(step), advantages=np.full(8, np.nan, dtype=np.float32)
+        )
         assert backend.train(broken)["train/skipped_minibatches"] == 1
     for name, value in published_tensors(backend).items():
         assert torch.equal(value, before[name]), name
-    broken = dataclasses.replace(_batch(21), advantages=np.full(8, np.nan, dtype=np.float32))
+    broken = dataclasses.replace(make_batch(21), advantages=lost)
     with pytest.raises(BackendError, match="21 minibatches were not finite"):
         backend.train(broken)
 
@@ -348,7 +318,7 @@ def test_a_policy_far_from_the_proximal_one_ends_the_step(policy: str) -> None:
     settings = TrainerSettings(model_path=policy, proximal="behavior", epochs=3)
     backend = TorchBackend(settings)
     before = {n: t.clone() for n, t in published_tensors(backend).items()}
-    metrics = backend.train(_batch(logprob=-30.0))
+    metrics = backend.train(make_batch(logprob=-30.0))
     assert metrics["train/stopped_early"] == 1 and metrics["train/optimizer_steps"] == 0
     assert metrics["train/log_ratio_sum_max"] > 20
     for name, value in published_tensors(backend).items():
@@ -358,7 +328,7 @@ def test_a_policy_far_from_the_proximal_one_ends_the_step(policy: str) -> None:
 def test_an_empty_batch_changes_nothing_but_the_step(policy: str) -> None:
     backend = TorchBackend(TrainerSettings(model_path=policy))
     empty = dataclasses.replace(
-        _batch(),
+        make_batch(),
         token_ids=np.zeros(0, np.int32), action_mask=np.zeros(0, bool),
         behavior_logprobs=np.zeros(0, np.float32), turn_ids=np.zeros(0, np.int16),
         lengths=np.zeros(0, np.int32), rollout_ids=np.zeros(0, np.int32),
@@ -370,9 +340,9 @@ def test_an_empty_batch_changes_nothing_but_the_step(policy: str) -> None:
 
 def test_the_same_settings_and_batch_give_the_same_bits(policy: str) -> None:
     settings = TrainerSettings(model_path=policy, seed=7)
-    first, second = (_weights_after(settings, _batch()) for _ in range(2))
+    first, second = (_weights_after(settings, make_batch()) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    other = _weights_after(dataclasses.replace(settings, seed=8), _batch())
+    other = _weights_after(dataclasses.replace(settings, seed=8), make_batch())
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
@@ -394,10 +364,10 @@ def test_what_cannot_be_trained_is_refused_with_the_reason(policy: str, tmp_path
     with pytest.raises(ModelError, match=r"bfloat16.*float32"):
         TorchBackend(TrainerSettings(model_path=policy, dtype="bfloat16"))
     with pytest.raises(BackendError, match="proximal='old'"):
-        TorchBackend(TrainerSettings(model_path=policy, proximal="old"))  # type: ignore[arg-type]
+        TrainerSettings(model_path=policy, proximal="old")  # type: ignore[arg-type]
     with pytest.raises(ObjectiveError, match="level='turn'"):
         LossSettings(loss="aipo", level="turn")
-    with pytest.raises(TrainerError, match=r"no trainer_state\.pt"):
+    with pytest.raises(BackendError, match=r"no trainer_state/numbers\.json"):
         Trainer(TrainerSettings(model_path=policy), "load").load(policy)
     with pytest.raises(ForwardError, match="begins with an action token"):
         Sequences.of(np.zeros(3, np.int32), np.ones(3, bool), np.array([3]))

@@ -1,0 +1,78 @@
+"""The policy as every trainer backend loads it: a Hugging Face causal LM, adapters if asked."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from loopwright.actors import published
+from loopwright.actors.allocator import keep_freed_memory
+from loopwright.actors.model_files import load_model, refuse_dropout
+from loopwright.actors.packed_forward import MicroBatch, action_logprobs, check_model
+from loopwright.actors.published import Published
+from loopwright.actors.trainer_backend import TrainerSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """A loaded model, before a backend spreads it over ranks."""
+
+    model: PreTrainedModel
+    published: list[Published]  # what engines get
+
+
+def load_policy(settings: TrainerSettings, *, device: str) -> Policy:
+    """Load the model on `device`, check that it can be trained, add adapters.
+
+    Sets the process's threads and its random seed. Raises `ModelError`, `ForwardError` or
+    `LoraError` with the remedy.
+    """
+    torch.set_num_threads(settings.threads)
+    if settings.device == "cpu":
+        keep_freed_memory()
+    torch.manual_seed(settings.seed)
+    model = load_model(settings.model_path, dtype=settings.dtype, device=device)
+    check_model(model)
+    if settings.gradient_checkpointing:
+        # Hugging Face recomputes in training mode only.
+        refuse_dropout(model.config.to_dict())
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+    adapters: dict[str, nn.Module] = {}
+    if settings.lora_rank:
+        from loopwright.actors.lora import adapted_layers, add_adapters
+
+        model = add_adapters(
+            model,
+            rank=settings.lora_rank,
+            alpha=settings.lora_alpha,
+            targets=settings.lora_targets,
+        )
+        adapters = adapted_layers(model)
+    return Policy(model=model, published=published.layout(model, adapters))
+
+
+class ActionLogprobs(nn.Module):
+    """The policy as one module whose output is what the loss needs: sharded weights are gathered
+    around its forward pass, output layer included.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, chunk: int) -> None:
+        super().__init__()
+        self.model = model
+        self._chunk = chunk
+
+    def forward(self, micro: MicroBatch, temperature: float) -> Tensor:
+        """As `action_logprobs`: [M] float32."""
+        return action_logprobs(self.model, micro, temperature=temperature, chunk=self._chunk)
+
+    __call__: Callable[..., Tensor]
+
+
+def blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The transformer blocks of `model`, first to last; the parts that Hugging Face says are never
+    to be split."""
+    names = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
