@@ -12,6 +12,7 @@ import importlib
 import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ import loopwright
 from loopwright.actors.engine import Completion, GenerateRequest
 from loopwright.actors.episode import EngineLost, Generate
 from loopwright.orchestrator.faults import ActorGone, ActorLost, DeadlinePassed, RunError
+from loopwright.orchestrator.trackers import Tracker
 
 ROOT = str(
     Path(loopwright.__path__[0]).parent
@@ -99,6 +101,10 @@ class Cluster(Protocol):
         """Start `module:Class` as an actor; returns before its constructor has run."""
         ...
 
+    def tracker(self, run_name: str) -> Tracker | None:
+        """Where metrics are exported from this cluster; None if it exports none."""
+        ...
+
     def shutdown(self) -> None:
         """End every actor spawned here, and the cluster too if this process started it."""
         ...
@@ -158,6 +164,9 @@ class InProcess:
     def spawn(self, name: str, target: str, args: tuple[Any, ...], placement: Placement) -> Actor:
         """As `Cluster.spawn`; placement has no meaning here."""
         return InProcessActor(name, lambda: _load(target)(*args))
+
+    def tracker(self, run_name: str) -> None:
+        """None: nothing is exported."""
 
     def shutdown(self) -> None:
         """Nothing to end."""
@@ -236,6 +245,47 @@ class RayActor:
 def _last_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
+
+
+class RayGauges:
+    """Every metric of a run as a gauge of Ray's own Prometheus endpoint, which each node has.
+
+    `rollout/lag_max` becomes `ray_loopwright_rollout_lag_max{run="…"}`, and `engine/0/running` the
+    series `engine="0"` of `ray_loopwright_engine_running`. Events are counted by kind.
+    """
+
+    def __init__(self, run_name: str) -> None:
+        self._run = run_name
+        self._gauges: dict[str, Any] = {}
+        self._events: Any = None
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Set every gauge; `ray_loopwright_step` is the step."""
+        for name, value in {"step": float(step), **metrics}.items():
+            parts = name.split("/")
+            engine = parts.pop(1) if parts[0] == "engine" and len(parts) == 3 else ""
+            self._gauge("_".join(parts), name).set(value, {"run": self._run, "engine": engine})
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Count it."""
+        from ray.util.metrics import Counter
+
+        if self._events is None:
+            self._events = Counter(
+                "loopwright_events", "What happened once: restarts, faults", ("run", "kind")
+            )
+        self._events.inc(1, {"run": self._run, "kind": kind})
+
+    def close(self) -> None:
+        """The series end with the process."""
+
+    def _gauge(self, name: str, description: str) -> Any:
+        from ray.util.metrics import Gauge
+
+        if name not in self._gauges:
+            clean = re.sub(r"[^a-zA-Z0-9_]", "_", name)
+            self._gauges[name] = Gauge(f"loopwright_{clean}", description, ("run", "engine"))
+        return self._gauges[name]
 
 
 class RayCluster:
@@ -338,6 +388,10 @@ class RayCluster:
         actor = RayActor(name, ray.remote(cls).options(**options).remote(*args))
         self._actors.append(actor)
         return actor
+
+    def tracker(self, run_name: str) -> Tracker:
+        """Ray's own Prometheus endpoint."""
+        return RayGauges(run_name)
 
     def shutdown(self) -> None:
         """Kill what was spawned here; stop Ray where this process started it."""

@@ -68,6 +68,8 @@ async def run(loaded: Loaded, *, resume: bool) -> Ended:
         with recorder.timed("start_cluster"):
             cluster = assembly.open_cluster(config, recorder)
         recorder.phase(cluster.description)
+        if (exported := cluster.tracker(config.run.name)) is not None:
+            trackers.join("ray", exported)
         try:
             with _interrupt_on_sigterm():
                 parts = await _start(

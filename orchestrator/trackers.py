@@ -162,6 +162,10 @@ class Trackers:
         self._guests = dict(guests or {})
         self._console = console
 
+    def join(self, name: str, guest: Tracker) -> None:
+        """One more guest, that could not be there from the beginning."""
+        self._guests[name] = guest
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Hand the metrics to every tracker."""
         self._each(lambda tracker: tracker.log(step, metrics))

@@ -1,6 +1,8 @@
 """The manifests in `deploy/` pass strict schemas and our own rules; what is wrong is found."""
 
 import copy
+import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -10,9 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
+from deploy.dashboard import PANELS, dashboard, series
 from deploy.validate import problems
 from loopwright.configs.load import load
 from tests.kustomized import render
+from tests.tiny_run import train
 
 KUBERNETES = Path(__file__).resolve().parent.parent / "deploy" / "kubernetes"
 OVERLAYS = sorted(p.parent.name for p in (KUBERNETES / "overlays").glob("*/kustomization.yaml"))
@@ -161,3 +165,18 @@ def test_room_for_what_the_overlay_runs(name: str) -> None:
     file = KUBERNETES / "overlays" / name / "train.toml"
     assert texts == [file.read_text()]
     assert gpus == 1 + load(file, []).config.rollout.engines
+
+
+def test_the_dashboard_is_the_one_that_is_written_down() -> None:
+    written = KUBERNETES / "components" / "monitoring" / "loopwright.json"
+    assert json.loads(written.read_text()) == dashboard(), "run deploy/dashboard.py again"
+    assert series("engine/*/busy_frac") == "ray_loopwright_engine_busy_frac"
+
+
+def test_every_panel_shows_what_a_run_reports(tmp_path: Path, policy: str) -> None:
+    code, folder = train(tmp_path, policy, "cluster.ping_every_s=0.01")
+    assert code == 0
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    reported = {re.sub(r"^engine/\d+/", "engine/*/", name) for line in lines for name in line}
+    shown = {metric for _, _, lines in PANELS for _, metric in lines}
+    assert shown - reported == set()
