@@ -3,6 +3,7 @@
     config.json, model*.safetensors, tokenizer …    what anybody can load; adapters merged
     adapter/                                        adapters alone, as peft saves them
     trainer_state/optimizer*.safetensors            the optimizer's tensors, whole
+    trainer_state/critic.safetensors                a value head with its optimizer, if there is one
     trainer_state/rng.safetensors                   torch's random state
     trainer_state/numbers.json                      counters, and what it was trained with
 
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 
+from loopwright.actors import optimizer_state
+from loopwright.actors.critic import Critic
 from loopwright.actors.model_files import save_config
 from loopwright.actors.tensor_files import TensorFolder, flush_folder, write_buckets, write_json
 from loopwright.actors.trainer_backend import BackendError, TrainerBackend
@@ -48,6 +51,8 @@ def save(backend: TrainerBackend, folder: Path) -> None:
     settings = backend.settings
     write_buckets(backend.optimizer_buckets(), state, "optimizer", writes=writes)
     write_buckets([{"rng": torch.get_rng_state()}], state, "rng", writes=writes)
+    if backend.critic is not None:
+        write_buckets([_critic_tensors(backend.critic)], state, "critic", writes=writes)
     if settings.lora_rank:
         _save_adapter(backend, folder / ADAPTER, writes=writes)
     numbers = {
@@ -55,6 +60,7 @@ def save(backend: TrainerBackend, folder: Path) -> None:
         "step": backend.step,
         "non_finite": backend.non_finite,
         **_made_with(backend),
+        "began_from": settings.model_path,
         "backend": settings.backend,
         "ranks": settings.ranks,
         "numbers": backend.optimizer_numbers(),
@@ -90,8 +96,34 @@ def load(backend: TrainerBackend, folder: Path) -> None:
     _load_weights(backend, folder)
     tensors = TensorFolder(state, "optimizer", may_be_empty=True)
     backend.restore_optimizer(tensors.read, tensors.names, saved["numbers"])
+    if backend.critic is not None:
+        _load_critic(backend.critic, TensorFolder(state, "critic"))
     torch.set_rng_state(TensorFolder(state, "rng").read("rng"))
     backend.step, backend.non_finite = int(saved["step"]), int(saved["non_finite"])
+
+
+def began_from(folder: Path) -> str:
+    """The model that the run of a checkpoint began from: the base of its adapters, the reference of
+    its KL penalty. Empty where it is not recorded."""
+    numbers = folder / STATE / _NUMBERS
+    return str(json.loads(numbers.read_text()).get("began_from", "")) if numbers.is_file() else ""
+
+
+def _critic_tensors(critic: Critic) -> dict[str, torch.Tensor]:
+    named = critic.parameters()
+    found = optimizer_state.leaves(critic.optimizer, named)
+    return {name: p.detach() for name, p in named.items()} | {
+        path: value for path, value in found.items() if isinstance(value, torch.Tensor)
+    }
+
+
+def _load_critic(critic: Critic, files: TensorFolder) -> None:
+    named = critic.parameters()
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(files.read(name))
+    tensors = {path: files.read(path) for path in files.names if path not in named}
+    optimizer_state.load(critic.optimizer, named, tensors, {"state": {}, "groups": [{}]})
 
 
 def _made_with(backend: TrainerBackend) -> dict[str, Any]:
@@ -99,6 +131,7 @@ def _made_with(backend: TrainerBackend) -> dict[str, Any]:
     settings = backend.settings
     return {
         "trainer.optimizer": settings.optimizer,
+        "algorithm.advantage": "gae" if settings.critic else "of groups",
         "model.adapter": settings.adapter if settings.lora_rank else "none",
     }
 

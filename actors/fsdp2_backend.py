@@ -8,18 +8,28 @@ over the ranks, not averaged: the weights of the loss already divide by the whol
 
 import math
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from loopwright.actors import optimizer_state, published
+from loopwright.actors.critic import build_critic
 from loopwright.actors.optimizer_choice import build_optimizer, set_rate
 from loopwright.actors.packed_forward import MicroBatch, Sequences
-from loopwright.actors.policy_model import ActionLogprobs, blocks, load_policy
+from loopwright.actors.policy_model import (
+    ActionLogprobs,
+    blocks,
+    load_policy,
+    load_reference,
+    without_adapters,
+)
 from loopwright.actors.policy_step import sequence_logprobs, take_step
 from loopwright.actors.ranks import Ranks, alone
 from loopwright.actors.trainer_backend import BUCKET_BYTES, BackendError, Read, TrainerSettings
@@ -39,19 +49,24 @@ class FSDP2Backend:
         policy = load_policy(settings, device="cpu")
         self.model = policy.model
         self._published = policy.published
-        self._logprobs = ActionLogprobs(self.model, chunk=settings.logprob_chunk)
-        self._shard(offload)
+        self._logprobs = self._sharded(self.model, offload)
+        reference = load_reference(settings, device="cpu")
+        self._reference = None if reference is None else self._sharded(reference, offload)
+        self._current = self._logprobs  # what `forward` computes with
+        self.critic = build_critic(settings, self.model.config.hidden_size)
         self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(settings, self.model)
 
-    def _shard(self, offload: bool) -> None:
+    def _sharded(self, model: PreTrainedModel, offload: bool) -> ActionLogprobs:
+        whole = ActionLogprobs(model, chunk=self.settings.logprob_chunk)
         mesh = init_device_mesh(self.settings.device, (self.ranks.size,))
         policy = CPUOffloadPolicy() if offload else OffloadPolicy()
-        for part in (*blocks(self.model), self._logprobs):
+        for part in (*blocks(model), whole):
             sharded = fully_shard(part, mesh=mesh, offload_policy=policy)
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+        return whole
 
     def train(self, batch: TrainBatch) -> dict[str, float]:
         return take_step(self, batch)
@@ -66,7 +81,20 @@ class FSDP2Backend:
         return sequence_logprobs(self, sequences, chosen, temperature=temperature)
 
     def forward(self, micro: MicroBatch, *, temperature: float) -> Tensor:
-        return self._logprobs(micro, temperature)
+        return self._current(micro, temperature)
+
+    def states(self, micro: MicroBatch) -> Tensor:
+        with torch.no_grad():
+            return self._logprobs(micro, 1.0, states=True)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        with without_adapters(self.model) if self._reference is None else nullcontext():
+            self._current = self._reference or self._logprobs
+            try:
+                yield
+            finally:
+                self._current = self._logprobs
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

@@ -156,13 +156,7 @@ def action_logprobs(
     `model` is a Hugging Face causal LM (see `check_model`); logits exist for `chunk` targets at a
     time.
     """
-    hidden = model.base_model(
-        input_ids=micro.input_ids,
-        position_ids=micro.position_ids,
-        attention_mask=micro.mask,
-        use_cache=False,
-    ).last_hidden_state
-    picked = hidden.reshape(-1, hidden.shape[-1])[micro.predictors]  # [M, H]
+    picked = action_states(model, micro)
     head = model.get_output_embeddings()
     if type(head) is nn.Linear and type(head.weight) is nn.Parameter:
         return chunked_logprobs(picked, head, micro.targets, temperature=temperature, chunk=chunk)
@@ -178,6 +172,17 @@ def action_logprobs(
         else:
             parts.append(_chosen(rows, targets, head, temperature))
     return torch.cat(parts)
+
+
+def action_states(model: PreTrainedModel, micro: MicroBatch) -> Tensor:
+    """The last hidden states that predict the micro-batch's targets: [M, H], differentiable."""
+    hidden = model.base_model(
+        input_ids=micro.input_ids,
+        position_ids=micro.position_ids,
+        attention_mask=micro.mask,
+        use_cache=False,
+    ).last_hidden_state
+    return hidden.reshape(-1, hidden.shape[-1])[micro.predictors]
 
 
 def _chosen(hidden: Tensor, targets: Tensor, head: nn.Module, temperature: float) -> Tensor:

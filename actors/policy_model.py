@@ -1,7 +1,9 @@
 """The policy as every trainer backend loads it: a Hugging Face causal LM, adapters if asked."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from transformers import PreTrainedModel
 from loopwright.actors import published
 from loopwright.actors.allocator import keep_freed_memory
 from loopwright.actors.model_files import load_model, refuse_dropout
-from loopwright.actors.packed_forward import MicroBatch, action_logprobs, check_model
+from loopwright.actors.packed_forward import MicroBatch, action_logprobs, action_states, check_model
 from loopwright.actors.published import Published
 from loopwright.actors.trainer_backend import TrainerSettings
 
@@ -54,6 +56,30 @@ def load_policy(settings: TrainerSettings, *, device: str) -> Policy:
     return Policy(model=model, published=published.layout(model, adapters))
 
 
+def load_reference(settings: TrainerSettings, *, device: str) -> PreTrainedModel | None:
+    """A frozen second copy of the model that training begins with, where a KL penalty needs one;
+    None also with adapters, whose reference is the model without them."""
+    if settings.loss.kl == "none" or settings.lora_rank:
+        return None
+    model = load_model(settings.model_path, dtype=settings.dtype, device=device)
+    return model.requires_grad_(False)
+
+
+@contextmanager
+def without_adapters(model: PreTrainedModel) -> Iterator[None]:
+    """Within it, `model` computes as before its adapters were added."""
+    from loopwright.actors.lora import adapted_layers
+
+    layers: list[Any] = list(adapted_layers(model).values())
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
 class ActionLogprobs(nn.Module):
     """The policy as one module whose output is what the loss needs: sharded weights are gathered
     around its forward pass, output layer included.
@@ -64,8 +90,10 @@ class ActionLogprobs(nn.Module):
         self.model = model
         self._chunk = chunk
 
-    def forward(self, micro: MicroBatch, temperature: float) -> Tensor:
-        """As `action_logprobs`: [M] float32."""
+    def forward(self, micro: MicroBatch, temperature: float, *, states: bool = False) -> Tensor:
+        """As `action_logprobs`: [M] float32; with `states` as `action_states`: [M, H]."""
+        if states:
+            return action_states(self.model, micro)
         return action_logprobs(self.model, micro, temperature=temperature, chunk=self._chunk)
 
     __call__: Callable[..., Tensor]

@@ -16,10 +16,17 @@ import time
 import numpy as np
 import torch
 
-from loopwright.actors.objective import MinibatchUnits, minibatch_units, weighted_loss
+from loopwright.actors.objective import (
+    MinibatchUnits,
+    TokenLogprobs,
+    minibatch_units,
+    weighted_loss,
+)
 from loopwright.actors.packed_forward import MicroBatch, Sequences, empty_micro_batch, micro_batches
 from loopwright.actors.step_progress import StepProgress
+from loopwright.actors.token_advantages import critic_advantages, group_advantages, kl_penalty
 from loopwright.actors.trainer_backend import BackendError, TrainerBackend, learning_rate
+from loopwright.algorithms.losses import loglinear_proximal
 from loopwright.algorithms.packing import balance_ranks, sequence_cost
 from loopwright.algorithms.records import TrainBatch
 
@@ -128,14 +135,18 @@ class _Step:
         self.sequences = Sequences.of(batch.token_ids, batch.action_mask, batch.lengths)
         self.progress = StepProgress()
         self.proximal = batch.behavior_logprobs  # [N]
-        # One ratio over a whole rollout: its instances must meet in one micro-batch.
-        self.whole_rollouts = self.settings.loss.level == "trajectory" or (
-            self.settings.loss.loss == "gspo"
-        )
+        self.reference: np.ndarray | None = None  # [N], where there is a KL penalty
+        self.advantages = np.zeros(0, dtype=np.float32)  # [N], once they are found
+        # [N] versions between each token and the policy that this step starts from
+        self.lags = np.maximum(batch.step - 1 - batch.policy_versions, 0).astype(np.float32)
 
     def run(self) -> None:
         """Pass after pass, minibatch after minibatch."""
         passes = [self._minibatches(epoch) for epoch in range(self.settings.epochs)]
+        if self.settings.loss.kl != "none":
+            with self.backend.reference():
+                self.reference = self.backend.logprobs(self.sequences)
+        self._find_advantages([chosen for minibatches in passes for chosen in minibatches])
         if self.settings.proximal == "recomputed":
             self._find_proximal(passes[0][1:])
         for minibatches in passes:
@@ -153,6 +164,46 @@ class _Step:
         random = np.random.default_rng((self.settings.seed, batch.step, epoch))
         parts = np.array_split(random.permutation(rollouts), self.settings.minibatches)
         return [np.flatnonzero(np.isin(batch.rollout_ids, part)) for part in parts if part.size]
+
+    def _find_advantages(self, minibatches: list[np.ndarray]) -> None:
+        """Of every token, before anything is updated."""
+        backend, settings, batch = self.backend, self.settings, self.batch
+        penalty = None
+        if self.reference is not None and settings.loss.kl_in == "reward":
+            penalty = kl_penalty(settings.loss, backend.logprobs(self.sequences), self.reference)
+        if backend.critic is None:
+            self.advantages = group_advantages(batch, settings.loss, penalty)
+            return
+        started = time.perf_counter()
+        self.advantages, self.progress.critic = critic_advantages(
+            batch,
+            settings.loss,
+            penalty,
+            critic=backend.critic,
+            gamma=settings.gamma,
+            lam=settings.lam,
+            states=self._states,
+            minibatches=minibatches,
+            ranks=backend.ranks,
+        )
+        self.progress.seconds["critic"] = time.perf_counter() - started
+
+    def _states(self) -> list[tuple[MicroBatch, torch.Tensor]]:
+        """This rank's share of the batch, with the hidden states in front of its tokens."""
+        settings = self.settings
+        share = _share(self.backend, self.sequences, np.arange(len(self.batch.lengths)))
+        own = micro_batches(
+            self.sequences,
+            share,
+            token_budget=settings.token_budget,
+            pack=settings.pack,
+            device=settings.device,
+        )
+        with torch.no_grad():
+            return [
+                (micro, self.backend.states(micro))
+                for micro in _as_many_as_others(self.backend, own)
+            ]
 
     def _find_proximal(self, later: list[np.ndarray]) -> None:
         """Proximal logprobs of the `later` minibatches; the first finds its own: nothing is updated
@@ -180,7 +231,7 @@ class _Step:
             turn_ids=batch.turn_ids,
             sequence_of_place=np.repeat(np.arange(len(batch.lengths)), batch.lengths),
             rollout_ids=batch.rollout_ids,
-            advantages=batch.advantages,
+            advantages=self.advantages,
             chosen=chosen,
             minibatch_size=batch.rollout_count / self.settings.minibatches,
         )
@@ -199,22 +250,21 @@ class _Step:
 
     def _accumulate_gradient(self, chosen: np.ndarray, units: MinibatchUnits) -> float:
         """Backward over all micro-batches; returns the sum of the log-ratios over all ranks."""
-        progress, behavior = self.progress, self.batch.behavior_logprobs
+        progress = self.progress
         first = not progress.tally.log_ratio_by_minibatch  # before any update: current is proximal
         finds = first and self.settings.proximal == "recomputed"
-        found = np.zeros(len(behavior), dtype=np.float32)
+        found = np.zeros(len(self.proximal), dtype=np.float32)
         total = 0.0
         for micro in self._micro_batches(chosen):
             started = time.perf_counter()
             lp = self.backend.forward(micro, temperature=self.settings.temperature)
-            mu = torch.from_numpy(behavior[micro.tokens]).to(lp.device)
-            prox = lp.detach() if finds else torch.from_numpy(self.proximal[micro.tokens]).to(mu)
+            logprobs = self._logprobs_of(micro, lp, finds)
             if first:
-                progress.tally.add_mismatch(lp.detach(), mu)
+                progress.tally.add_mismatch(lp.detach(), logprobs.behavior)
             if finds:
                 found[micro.tokens] = lp.detach().cpu().numpy()
             loss, log_ratio = weighted_loss(
-                self.settings.loss, units, micro.tokens, lp, prox, mu, progress.tally
+                self.settings.loss, units, micro.tokens, logprobs, progress.tally
             )
             total += log_ratio
             middle = time.perf_counter()
@@ -225,12 +275,30 @@ class _Step:
             self.proximal = self.proximal + self.backend.ranks.sum(found)
         return float(self.backend.ranks.sum(np.array([total]))[0])
 
+    def _logprobs_of(self, micro: MicroBatch, lp: torch.Tensor, finds: bool) -> TokenLogprobs:
+        """What the loss compares the current logprobs of a micro-batch to; `finds`: nothing was
+        updated yet, so they are the proximal ones."""
+
+        def at_tokens(values: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(values[micro.tokens]).to(lp.device)
+
+        behavior = at_tokens(self.batch.behavior_logprobs)
+        if finds:
+            proximal = lp.detach()
+        elif self.settings.proximal == "loglinear":
+            proximal = loglinear_proximal(lp, behavior, at_tokens(self.lags))
+        else:
+            proximal = at_tokens(self.proximal)
+        reference = None if self.reference is None else at_tokens(self.reference)
+        return TokenLogprobs(current=lp, proximal=proximal, behavior=behavior, reference=reference)
+
     def _micro_batches(self, chosen: np.ndarray) -> list[MicroBatch]:
         settings, rollout_ids = self.settings, self.batch.rollout_ids
-        together = rollout_ids if self.whole_rollouts else None
+        whole_rollouts = settings.loss.needs_whole_rollouts
+        together = rollout_ids if whole_rollouts else None
         share = _share(self.backend, self.sequences, chosen, together)
         parts = [share]
-        if self.whole_rollouts and len(share):
+        if whole_rollouts and len(share):
             several = np.bincount(rollout_ids[share])[rollout_ids[share]] > 1
             whole = share[several]
             parts = [

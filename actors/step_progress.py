@@ -4,8 +4,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from loopwright.actors.objective import Tally
 from loopwright.actors.ranks import Ranks
+from loopwright.actors.tally import Tally
 from loopwright.algorithms.records import TrainBatch
 
 
@@ -20,6 +20,7 @@ class StepProgress:
     grad_norms: list[float] = field(default_factory=list)
     skipped: int = 0
     stopped_early: bool = False
+    critic: dict[str, float] = field(default_factory=dict)  # metrics of the value head
 
     def summed(self, ranks: Ranks) -> "StepProgress":
         """Over all ranks; norms, log-ratios and counts of minibatches are of all ranks already, and
@@ -38,6 +39,7 @@ class StepProgress:
             "train/grad_norm_mean": float(np.mean(self.grad_norms)) if self.grad_norms else 0.0,
             "train/grad_norm_max": max(self.grad_norms, default=0.0),
             **tally.means(),
+            **self.critic,
             "train/lr": rate,
             "train/optimizer_steps": float(len(self.grad_norms)),
             "train/skipped_minibatches": float(self.skipped),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from loopwright.actors import optimizer_state, published
+from loopwright.actors.critic import build_critic
 from loopwright.actors.optimizer_choice import build_optimizer, set_rate
-from loopwright.actors.packed_forward import MicroBatch, Sequences, action_logprobs
-from loopwright.actors.policy_model import load_policy
+from loopwright.actors.packed_forward import (
+    MicroBatch,
+    Sequences,
+    action_logprobs,
+    action_states,
+)
+from loopwright.actors.policy_model import load_policy, load_reference, without_adapters
 from loopwright.actors.policy_step import sequence_logprobs, take_step
 from loopwright.actors.ranks import Ranks
 from loopwright.actors.trainer_backend import BUCKET_BYTES, BackendError, Read, TrainerSettings
@@ -35,6 +42,9 @@ class TorchBackend:
         self.non_finite = 0
         policy = load_policy(settings, device=settings.device)
         self.model = policy.model
+        self._current = self.model  # what `forward` computes with
+        self._reference = load_reference(settings, device=settings.device)
+        self.critic = build_critic(settings, self.model.config.hidden_size)
         self._published = policy.published
         self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -54,8 +64,21 @@ class TorchBackend:
 
     def forward(self, micro: MicroBatch, *, temperature: float) -> Tensor:
         return action_logprobs(
-            self.model, micro, temperature=temperature, chunk=self.settings.logprob_chunk
+            self._current, micro, temperature=temperature, chunk=self.settings.logprob_chunk
         )
+
+    def states(self, micro: MicroBatch) -> Tensor:
+        with torch.no_grad():
+            return action_states(self.model, micro)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        with without_adapters(self.model) if self._reference is None else nullcontext():
+            self._current = self._reference or self.model
+            try:
+                yield
+            finally:
+                self._current = self.model
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

@@ -133,6 +133,10 @@ class Trainer:
 
     def load(self, path: str) -> int:
         """Take weights, optimizer, RNG and step from the checkpoint at `path`; returns the step."""
+        began = checkpoint.began_from(Path(path))
+        rests_on_it = self.settings.lora_rank or self.settings.loss.kl != "none"
+        if rests_on_it and began and began != self.settings.model_path:
+            self.reset(began)
         checkpoint.load(self.backend, Path(path))
         return self.backend.step
 

@@ -12,6 +12,7 @@ same order; all but `drop_gradient` may be collective.
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -19,6 +20,7 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from loopwright.actors.critic import Critic
 from loopwright.actors.objective import LossSettings
 from loopwright.actors.packed_forward import MicroBatch, Sequences
 from loopwright.actors.ranks import Ranks
@@ -62,8 +64,12 @@ class TrainerSettings:
     gradient_checkpointing: bool = False
     logprob_chunk: int = 2048
     temperature: float = 1.0
-    proximal: Literal["behavior", "recomputed"] = "recomputed"
+    proximal: Literal["behavior", "recomputed", "loglinear"] = "recomputed"
     loss: LossSettings = field(default_factory=LossSettings)
+    critic: bool = False  # a value head finds the advantages
+    gamma: float = 1.0
+    lam: float = 1.0
+    value_lr: float = 1e-3
     backend: str = "torch"
     ranks: int = 1
     backend_options: Mapping[str, Any] = field(default_factory=dict)
@@ -76,7 +82,7 @@ class TrainerSettings:
 
     def __post_init__(self) -> None:
         known = {
-            "proximal": ("behavior", "recomputed"),
+            "proximal": ("behavior", "recomputed", "loglinear"),
             "schedule": ("constant", "linear", "cosine"),
         }
         for name, values in known.items():
@@ -110,6 +116,7 @@ class TrainerBackend(Protocol):
     step: int  # the last step taken
     non_finite: int  # minibatches of the run that were skipped
     model: PreTrainedModel  # as transformers knows it; its parameters may be sharded
+    critic: Critic | None  # where `settings.critic` asks for one; the same on every rank
 
     def train(self, batch: TrainBatch) -> dict[str, float]:
         """One step on the whole `batch`, of which this rank computes its share; the metrics."""
@@ -130,6 +137,16 @@ class TrainerBackend(Protocol):
     def forward(self, micro: MicroBatch, *, temperature: float) -> Tensor:
         """Logprobs of the micro-batch's targets: [M] float32, differentiable unless under
         `torch.no_grad`. On several ranks all must call it equally often."""
+        ...
+
+    def states(self, micro: MicroBatch) -> Tensor:
+        """The last hidden states that predict the micro-batch's targets: [M, H], without gradient.
+        As collective as `forward`."""
+        ...
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Within it, `forward` is that of the frozen policy that training began with. Only where
+        `settings.loss.kl` asks for one."""
         ...
 
     def backward(self, loss: Tensor) -> None:

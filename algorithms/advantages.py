@@ -65,11 +65,19 @@ _PER_GROUP: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "group_mean": group_mean,
     "group_normalized": group_normalized,
 }
-ADVANTAGES = (*_PER_GROUP, "batch_normalized")
+CRITIC = (
+    "gae"  # the one that a critic finds, token by token, where the model is (algorithms/gae.py)
+)
+ADVANTAGES = (*_PER_GROUP, "batch_normalized", CRITIC)
 
 
 def advantages(name: str, groups: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The advantages of every group of a step by the estimator `name`, one of `ADVANTAGES`."""
+    """The advantages of every group of a step by the estimator `name`, one of `ADVANTAGES`.
+
+    Those of `gae` need values: zeros stand in their place.
+    """
+    if name == CRITIC:
+        return [np.zeros(len(rewards)) for rewards in groups]
     if name == "batch_normalized":
         return batch_normalized(groups)
     if name not in _PER_GROUP:

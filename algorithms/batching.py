@@ -1,11 +1,11 @@
 """From the groups of a step to the trainer's batch: advantages, drops, flat arrays, a report."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from loopwright.algorithms.advantages import AdvantageError, advantages
+from loopwright.algorithms.advantages import CRITIC, AdvantageError, advantages
 from loopwright.algorithms.records import Context, Group, Rollout, TrainBatch
 
 
@@ -27,6 +27,22 @@ class BatchReport:
     advantage_abs_mean: float  # of the trained rollouts
     lag_mean: float  # versions between the trainer and a rollout's oldest token
     lag_max: int
+    lag_tokens: tuple[int, ...]  # tokens the policy chose at lag 0, 1, …, of all rollouts
+    spanning_rollouts: int  # whose tokens come from more than one policy version
+
+    def metrics(self) -> dict[str, float]:
+        """All of it by name; the histogram as one count a lag, `lag_0_tokens` and on."""
+        values = asdict(self)
+        histogram = values.pop("lag_tokens")
+        return {name: float(value) for name, value in values.items()} | {
+            f"lag_{lag}_tokens": float(count) for lag, count in enumerate(histogram)
+        }
+
+
+def smallest_group(advantage: str) -> int:
+    """How many rollouts of a task the estimator `advantage` needs: a critic is a baseline for one
+    alone, the others of its group are not."""
+    return 1 if advantage == CRITIC else 2
 
 
 def build_batch(
@@ -40,25 +56,26 @@ def build_batch(
     """The batch of `step` and its report.
 
     Groups keep their order. Rollouts whose |advantage| < `drop_below` carry no gradient: they are
-    left out and counted. `version` is the policy version trained at, `step − 1` by default. Raises
-    `AdvantageError` for a group of one rollout.
+    left out and counted; 0 keeps all. With `gae` the advantages are the trainer's to find, and
+    rollouts are dropped only where nothing was generated. `version` is the policy version trained
+    at, `step − 1` by default. Raises `AdvantageError` for a group that is too small.
     """
     trained_at = step - 1 if version is None else version
     rewards = [np.array([r.reward for r in group.rollouts], dtype=np.float64) for group in groups]
-    for group, values in zip(groups, rewards, strict=True):
-        if values.size < 2:
+    for group, found in zip(groups, rewards, strict=True):
+        if found.size < smallest_group(advantage):
             raise AdvantageError(
-                f"group of task {group.task_id} (ticket {group.ticket}) holds K={values.size} "
+                f"group of task {group.task_id} (ticket {group.ticket}) holds K={found.size} "
                 f"rollout(s); {advantage} "
-                "needs at least 2 for a baseline: raise the group size or keep more rollouts of "
-                "each task"
+                f"needs at least {smallest_group(advantage)}: raise the group size or keep more "
+                "rollouts of each task"
             )
     values = np.concatenate(advantages(advantage, rewards)) if rewards else np.zeros(0)
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     kept = [
         i
         for i, rollout in enumerate(rollouts)
-        if abs(values[i]) >= drop_below and values[i] != 0 and rollout.generated_tokens
+        if (advantage == CRITIC or abs(values[i]) >= drop_below) and rollout.generated_tokens
     ]
     batch = _flatten(rollouts, kept, values, step)
     lags = [trained_at - r.oldest_version for r in rollouts if r.oldest_version >= 0]
@@ -77,8 +94,22 @@ def build_batch(
         advantage_abs_mean=float(np.abs(values[kept]).mean()) if kept else 0.0,
         lag_mean=float(np.mean(lags)) if lags else 0.0,
         lag_max=max(lags, default=0),
+        lag_tokens=_lag_histogram(rollouts, trained_at),
+        spanning_rollouts=sum(len(np.unique(_versions(r))) > 1 for r in rollouts),
     )
     return batch, report
+
+
+def _versions(rollout: Rollout) -> np.ndarray:
+    """Policy version of each token that the policy chose."""
+    found = [c.policy_versions[c.action_mask] for c in rollout.contexts]
+    return np.concatenate(found) if found else np.zeros(0, dtype=np.int32)
+
+
+def _lag_histogram(rollouts: Sequence[Rollout], trained_at: int) -> tuple[int, ...]:
+    versions = [_versions(r) for r in rollouts]
+    lags = trained_at - np.concatenate(versions) if versions else np.zeros(0, dtype=np.int64)
+    return tuple(np.bincount(np.maximum(lags, 0)).tolist())
 
 
 def _flatten(
@@ -98,9 +129,11 @@ def _flatten(
         token_ids=flat([c.token_ids for _, c in contexts], np.int32),
         action_mask=flat([c.action_mask for _, c in contexts], np.bool_),
         behavior_logprobs=flat([c.behavior_logprobs for _, c in contexts], np.float32),
+        policy_versions=flat([c.policy_versions for _, c in contexts], np.int32),
         turn_ids=flat([c.turn_ids for _, c in contexts], np.int16),
         lengths=np.array([len(c.token_ids) for _, c in contexts], dtype=np.int32),
         rollout_ids=owners,
+        rewards=np.array([rollouts[i].reward for i in owners], dtype=np.float32),
         advantages=values[owners].astype(np.float32),
         rollout_count=len(rollouts),
     )

@@ -135,22 +135,25 @@ def cispo(lp: Tensor, prox: Tensor, advantage: Tensor, *, low: float, high: floa
     return -weight * advantage * lp
 
 
-def gspo(
-    lp: Tensor,
-    prox: Tensor,
-    advantage: Tensor,
-    unit_ids: Tensor,
-    units: int,
-    *,
-    low: float,
-    high: float,
-) -> Tensor:
+def gspo(lp: Tensor, prox: Tensor, advantage: Tensor, *, low: float, high: float) -> Tensor:
     """PPO loss on the geometric mean of a sequence's token ratios (GSPO eq. 5–7).
 
-    `lp`, `prox`, `unit_ids` are per token [M]; `advantage` and the result are per sequence [units].
+    `lp` and `prox` are the means over the sequence's tokens (`mean_by_unit`).
     """
-    log_ratio = mean_by_unit(lp - prox, unit_ids, units)
-    return ppo(log_ratio, torch.zeros_like(log_ratio), advantage, low=low, high=high)
+    return ppo(lp, prox, advantage, low=low, high=high)
+
+
+def loglinear_proximal(lp: Tensor, mu: Tensor, lag: Tensor) -> Tensor:
+    """Proximal logprobs without a pass of their own: log μ + α·(log π − log μ), a constant (A-3PO,
+    arXiv 2512.06547, §3).
+
+    `lag` [M] is the policy lag of each token: versions from the one that sampled it to the one that
+    this step starts from, which is what the proximal policy is. On the line of versions from the
+    sampler's (0) to the one being made (lag + 1) it lies at lag, so α = lag / (lag + 1): a token
+    without lag has the behavior policy as its proximal one.
+    """
+    alpha = lag / (lag + 1.0)
+    return (mu + alpha * (lp - mu)).detach()
 
 
 def truncated_is(prox: Tensor, mu: Tensor, *, cap: float) -> Tensor:
@@ -161,9 +164,39 @@ def truncated_is(prox: Tensor, mu: Tensor, *, cap: float) -> Tensor:
 
 
 def masked_is(prox: Tensor, mu: Tensor, *, low: float, high: float) -> Tensor:
-    """Mismatch weight exp(prox − mu) where it lies in [low, high], 0 elsewhere; a constant."""
+    """Mismatch weight exp(prox − mu) where it lies in [low, high], 0 elsewhere; a constant (IcePop,
+    two-sided).
+    """
     weight = torch.exp(prox - mu).detach()
     return torch.where((weight >= low) & (weight <= high), weight, torch.zeros_like(weight))
+
+
+def sequence_log_ratio(
+    prox: Tensor, mu: Tensor, sequence_ids: Tensor, sequences: int, *, geometric: bool
+) -> Tensor:
+    """Log of one mismatch ratio for each whole sequence: [sequences], of tokens [M].
+
+    The product of the tokens' ratios is unbiased, and its variance grows with the length;
+    `geometric` takes their geometric mean, whose scale does not depend on the length (Liu and Li
+    2025, "When Speed Kills Stability"). `truncated_is` and `masked_is` bound it.
+    """
+    combine = mean_by_unit if geometric else sum_by_unit
+    return combine(prox - mu, sequence_ids, sequences)
+
+
+def effective_sample_share(weight_sum: float, weight_square_sum: float, count: int) -> float:
+    """(Σw)² / (n·Σw²): the share of n samples that weights w leave effective (Kish 1965); 1 where
+    all are equal, 0 without any.
+    """
+    return weight_sum**2 / (count * weight_square_sum) if weight_square_sum > 0 else 0.0
+
+
+def value_loss(value: Tensor, before: Tensor, target: Tensor, *, clip: float) -> Tensor:
+    """½·max((v − R)², (v_clipped − R)²), v_clipped within `clip` of the value `before` the update:
+    [U] (PPO's value clipping, Schulman et al.'s code; Huang et al. 2022, detail 9).
+    """
+    near = before + (value - before).clamp(-clip, clip)
+    return 0.5 * torch.maximum((value - target) ** 2, (near - target) ** 2)
 
 
 def k1(lp: Tensor, reference: Tensor) -> Tensor:

@@ -128,27 +128,37 @@ class TrainBatch:
 
     A sequence is one context instance. `rollout_ids` ties the instances of one rollout together, so
     that a rollout counts once however many contexts it has. Dropped rollouts (no advantage) are not
-    in it, but `rollout_count` counts them: the constant the loss is divided by.
+    in it, but `rollout_count` counts them: the constant the loss is divided by. Sequences of one
+    rollout stand in the order in which they were played.
     """
 
     step: int
     token_ids: np.ndarray  # [N] int32
     action_mask: np.ndarray  # [N] bool
     behavior_logprobs: np.ndarray  # [N] float32
+    policy_versions: np.ndarray  # [N] int32; -1 where the mask is False
     turn_ids: np.ndarray  # [N] int16
     lengths: np.ndarray  # [S] int32, sums to N
     rollout_ids: np.ndarray  # [S] int32, index of the rollout within the step
-    advantages: np.ndarray  # [S] float32, of the sequence's rollout
+    rewards: np.ndarray  # [S] float32, of the sequence's rollout
+    # [S] float32, of the sequence's rollout; 0 where the trainer's critic is to find them (`gae`)
+    advantages: np.ndarray
     rollout_count: int  # rollouts in the step, dropped ones included
 
     def __post_init__(self) -> None:
         tokens, sequences = int(self.lengths.sum()), len(self.lengths)
-        for name in ("token_ids", "action_mask", "behavior_logprobs", "turn_ids"):
+        for name in (
+            "token_ids",
+            "action_mask",
+            "behavior_logprobs",
+            "policy_versions",
+            "turn_ids",
+        ):
             if getattr(self, name).shape != (tokens,):
                 raise RecordError(
                     f"TrainBatch.{name}: {getattr(self, name).shape}, expected ({tokens},)"
                 )
-        for name in ("rollout_ids", "advantages"):
+        for name in ("rollout_ids", "rewards", "advantages"):
             if getattr(self, name).shape != (sequences,):
                 raise RecordError(
                     f"TrainBatch.{name}: {getattr(self, name).shape}, expected ({sequences},)"

@@ -80,9 +80,11 @@ def loopwright_step(
                 ).astype(np.int32),
                 action_mask=mask,
                 behavior_logprobs=np.zeros(len(mask), dtype=np.float32),
+                policy_versions=np.where(mask, step - 1, -1).astype(np.int32),
                 turn_ids=np.where(mask, 0, -1).astype(np.int16),
                 lengths=lengths,
                 rollout_ids=np.arange(len(lengths), dtype=np.int32),
+                rewards=np.array(rewards, dtype=np.float32),
                 advantages=advantages,
                 rollout_count=len(lengths),
             )

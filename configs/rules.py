@@ -46,23 +46,18 @@ def default_at(config: Config, key: str) -> Any:
     return type(getattr(config, table)).model_fields[name].get_default(call_default_factory=True)
 
 
+def _masks(c: Config) -> bool:
+    """Whether the mismatch weight leaves out what lies outside two bounds."""
+    return c.algorithm.mismatch in ("masked_is", "sequence_mask", "geometric_mask")
+
+
 def _limits(c: Config) -> Iterator[tuple[bool, str, str]]:
     """(holds, key, what is expected) for each pair of keys that bound each other."""
     rollouts = c.rollout.group_size * c.rollout.groups_per_step
     yield (
-        c.rollout.group_size >= 2,
+        c.rollout.group_size >= 2 or c.algorithm.advantage == "gae",
         "rollout.group_size",
         f"2 or more: algorithm.advantage = {c.algorithm.advantage!r} compares rollouts of one task",
-    )
-    yield (
-        bool(c.environment.mix) == (c.environment.name == "mix"),
-        "environment.mix",
-        'two or more members where environment.name = "mix", and nothing elsewhere',
-    )
-    yield (
-        not (c.environment.mix and c.environment.options),
-        "environment.options",
-        "nothing with a mix: options belong to its members, environment.mix.<label>.options",
     )
     yield (
         c.trainer.minibatches <= rollouts,
@@ -103,13 +98,13 @@ def _limits(c: Config) -> Iterator[tuple[bool, str, str]]:
     yield (
         c.algorithm.mismatch == "none"
         or c.algorithm.loss == "aipo"
-        or c.algorithm.proximal == "recomputed",
+        or c.algorithm.proximal != "behavior",
         "algorithm.proximal",
-        f"'recomputed': algorithm.mismatch = {c.algorithm.mismatch!r} weighs proximal against "
-        'behavior logprobs, and with "behavior" the two are equal',
+        f"'recomputed' or 'loglinear': algorithm.mismatch = {c.algorithm.mismatch!r} weighs "
+        'proximal against behavior logprobs, and with "behavior" the two are equal',
     )
     yield (
-        c.algorithm.mismatch != "masked_is" or c.algorithm.mismatch_low < c.algorithm.mismatch_cap,
+        not _masks(c) or c.algorithm.mismatch_low < c.algorithm.mismatch_cap,
         "algorithm.mismatch_low",
         f"less than algorithm.mismatch_cap = {c.algorithm.mismatch_cap}",
     )
@@ -129,16 +124,25 @@ def _unused(c: Config) -> Iterator[tuple[bool, str, tuple[str, ...]]]:
     """(is in use, the setting that decides it, the keys that then have no effect) within one
     topic."""
     loss = f"algorithm.loss = {c.algorithm.loss!r}"
-    clips = c.algorithm.loss in ("ppo", "cispo", "gspo")
+    leveled = c.algorithm.loss in ("ppo", "decoupled")
+    clips = leveled or c.algorithm.loss in ("cispo", "gspo")
     yield clips, loss, ("algorithm.clip_form", "algorithm.clip")
-    yield c.algorithm.loss == "ppo", loss, ("algorithm.level", "algorithm.dual_clip")
+    yield leveled, loss, ("algorithm.level", "algorithm.dual_clip")
     yield c.algorithm.loss == "aipo", loss, ("algorithm.aipo_rho", "algorithm.aipo_grad")
     mismatch = f"algorithm.mismatch = {c.algorithm.mismatch!r}"
     weighs = c.algorithm.loss != "aipo"  # aipo weighs by the behavior logprobs itself
     off = c.algorithm.mismatch == "none"
     yield weighs or off, loss, ("algorithm.mismatch",)
     yield weighs and not off, f"{mismatch} and {loss}", ("algorithm.mismatch_cap",)
-    yield c.algorithm.mismatch == "masked_is", mismatch, ("algorithm.mismatch_low",)
+    yield _masks(c), mismatch, ("algorithm.mismatch_low",)
+    critic = c.algorithm.advantage == "gae"
+    advantage = f"algorithm.advantage = {c.algorithm.advantage!r}"
+    yield critic, advantage, ("algorithm.gamma", "algorithm.lam", "algorithm.value_lr")
+    yield not critic, f"{advantage}, which finds advantages later", ("algorithm.drop_below",)
+    penalty = c.algorithm.kl != "none"
+    kl = f"algorithm.kl = {c.algorithm.kl!r}"
+    yield penalty, kl, ("algorithm.kl_coef", "algorithm.kl_in")
+    yield not penalty or critic, f"{kl}, for which all rollouts stay", ("algorithm.drop_below",)
     optimizer = f"trainer.optimizer = {c.trainer.optimizer!r} (put it into optimizer_options)"
     yield c.trainer.optimizer == "adamw", optimizer, ("trainer.betas", "trainer.eps")
     lora = ("model.lora_alpha", "model.lora_targets")
@@ -148,9 +152,21 @@ def _unused(c: Config) -> Iterator[tuple[bool, str, tuple[str, ...]]]:
 def _doubts(c: Config) -> Iterator[tuple[bool, str]]:
     """(is fine, what to think about) for combinations that are legal and rarely meant."""
     yield (
-        c.rollout.max_lag == 0 or c.algorithm.mismatch != "none" or c.algorithm.loss == "aipo",
+        c.rollout.max_lag == 0
+        or c.algorithm.mismatch != "none"
+        or c.algorithm.loss in ("aipo", "decoupled"),
         f"algorithm.mismatch = 'none' with rollout.max_lag = {c.rollout.max_lag}: nothing corrects "
         'for stale rollouts; set "truncated_is"',
+    )
+    yield (
+        c.algorithm.kl != "k1" or c.algorithm.kl_in == "reward",
+        "algorithm.kl = 'k1' in the loss: its gradient is 0 on average, so it penalises nothing; "
+        'use "k2" or "k3", or kl_in = "reward"',
+    )
+    yield (
+        c.algorithm.proximal != "loglinear" or c.rollout.max_lag > 0,
+        "algorithm.proximal = 'loglinear' with rollout.max_lag = 0: without lag it is the same as "
+        '"behavior"',
     )
     yield (
         c.model.device != "cpu" or c.model.dtype == "float32",

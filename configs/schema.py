@@ -124,21 +124,6 @@ class EnvironmentConfig(_Table):
         3, ge=0, description="times an episode is played again after an infra fault"
     )
     seed: int = Field(0, ge=0, description="seed of the stream of training tasks")
-    mix: dict[str, dict[str, Any]] = Field(
-        default_factory=dict,
-        description='members of name = "mix", by label: tables of environment, weight, options '
-        "and max_turns",
-    )
-    sampler: Literal["uniform", "pass_rate", "failure_variants"] = Field(
-        "uniform",
-        description="training tasks: the stream's own, those that succeed sometimes, or variants "
-        "of what fails",
-    )
-    sampler_options: dict[str, Any] = Field(
-        default_factory=dict,
-        description="of the sampler named above; and schedule.<value> = { start, end, steps, base "
-        "} for values that change in training, such as search's noise",
-    )
 
 
 class RolloutConfig(_Table):
@@ -186,36 +171,66 @@ class EvaluationConfig(_Table):
 class AlgorithmConfig(_Table):
     """[algorithm] From rewards to a gradient."""
 
-    advantage: Literal["leave_one_out", "group_mean", "group_normalized", "batch_normalized"] = (
-        Field("leave_one_out", description="baseline and scale of rewards within a group")
+    advantage: Literal[
+        "leave_one_out", "group_mean", "group_normalized", "batch_normalized", "gae"
+    ] = Field(
+        "leave_one_out",
+        description="baseline and scale of rewards within a group; gae: a value head's, over the "
+        "units of `level`",
     )
-    loss: Literal["ppo", "aipo", "reinforce", "cispo", "gspo"] = Field(
+    gamma: float = Field(1.0, gt=0, le=1, description="discount per unit of `level` (gae)")
+    lam: float = Field(
+        1.0, ge=0, le=1, description="gae's λ: 1 = returns less the value, 0 = one unit ahead"
+    )
+    value_lr: float = Field(1e-3, gt=0, description="learning rate of the value head (gae)")
+    loss: Literal["ppo", "decoupled", "aipo", "reinforce", "cispo", "gspo"] = Field(
         "ppo", description="policy loss"
     )
     level: Literal["token", "turn", "trajectory"] = Field(
-        "token", description="unit of the probability ratio (ppo)"
+        "token", description="unit of the probability ratio (ppo, decoupled)"
     )
     clip_form: Literal["code", "paper"] = Field(
         "code",
         description="ratio bounds: code [1/(1+clip), 1+clip], paper [1-clip, 1+clip]",
     )
     clip: float = Field(
-        0.1, gt=0, description="how far the ratio may move before it is clipped (ppo, cispo, gspo)"
+        0.1,
+        gt=0,
+        description="how far the ratio may move before it is clipped (ppo, decoupled, cispo, gspo)",
     )
     dual_clip: float = Field(
-        3.0, ge=0, description="bound c*A of the objective where A < 0 (ppo); 0 = off"
+        3.0, ge=0, description="bound c*A of the objective where A < 0 (ppo, decoupled); 0 = off"
     )
-    mismatch: Literal["none", "truncated_is", "masked_is"] = Field(
-        "truncated_is", description="weight exp(proximal - behavior): not used, capped, or masked"
+    mismatch: Literal[
+        "none",
+        "truncated_is",
+        "masked_is",
+        "sequence_is",
+        "sequence_mask",
+        "geometric_is",
+        "geometric_mask",
+    ] = Field(
+        "truncated_is",
+        description="weight exp(proximal - behavior), of a unit, or of a rollout as product "
+        "(sequence) or geometric mean: none, capped (_is), or masked",
     )
     mismatch_cap: float = Field(
-        2.0, gt=0, description="largest mismatch weight; masked_is: upper end"
+        2.0, gt=0, description="largest mismatch weight; where masked, the upper end"
     )
     mismatch_low: float = Field(
-        0.5, ge=0, description="masked_is: tokens whose weight is below this are left out"
+        0.5, ge=0, description="where masked: what has a weight below this is left out"
     )
-    proximal: Literal["behavior", "recomputed"] = Field(
-        "recomputed", description="proximal logprobs: the sampler's, or the trainer's own pass"
+    proximal: Literal["behavior", "recomputed", "loglinear"] = Field(
+        "recomputed",
+        description="proximal logprobs: the sampler's, the trainer's own pass, or between the "
+        "sampler's and the current ones by lag, without a pass",
+    )
+    kl: Literal["none", "k1", "k2", "k3"] = Field(
+        "none", description="estimator of the KL to the policy that training began with"
+    )
+    kl_coef: float = Field(0.01, gt=0, description="weight of the KL penalty")
+    kl_in: Literal["loss", "reward"] = Field(
+        "loss", description="where the KL penalty goes: into the loss, or each token's reward"
     )
     aggregation: Literal[
         "rollout_mean_over_constant", "token_mean", "sequence_mean", "fixed_length"
@@ -226,7 +241,9 @@ class AlgorithmConfig(_Table):
         description="is the capped weight a constant (the paper), or differentiated (aipo)",
     )
     drop_below: float = Field(
-        0.01, ge=0, description="rollouts with a smaller absolute advantage are not trained on"
+        0.01,
+        ge=0,
+        description="rollouts with a smaller absolute advantage are not trained on; 0 = all are",
     )
 
 

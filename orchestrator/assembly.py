@@ -1,6 +1,5 @@
 """From a configuration to living actors: one table says which process gets what."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from loopwright.actors.engine import EngineSettings
 from loopwright.actors.env_worker import WorkerSettings
 from loopwright.actors.episode import EpisodeLimits
 from loopwright.actors.vllm_setup import VLLM_CPU_ENVIRONMENT
+from loopwright.algorithms.advantages import CRITIC
 from loopwright.configs.schema import Config
 from loopwright.envs import registry
 from loopwright.envs.protocol import Env, EnvError
@@ -16,8 +16,6 @@ from loopwright.orchestrator.cluster import Actor, Cluster, Needs, Placement, co
 from loopwright.orchestrator.faults import Refused, RestartBudget
 from loopwright.orchestrator.pool import Deadlines, FaultLimits, Pool
 from loopwright.orchestrator.recorder import Recorder
-from loopwright.orchestrator.samplers import Draws
-from loopwright.orchestrator.tasks import Played
 from loopwright.orchestrator.training import Training
 
 _WORKER_CPUS = 0.5  # an environment worker mostly waits for engines
@@ -57,7 +55,7 @@ def open_cluster(config: Config, recorder: Recorder) -> Cluster:
 def build_environment(config: Config) -> Env:
     """An environment in this process: the controller draws tasks from it and asks it for
     budgets. Raises `Refused` for one that does not load or cannot be constructed."""
-    name, options = config.environment.name, environment_options(config)
+    name, options = config.environment.name, dict(config.environment.options)
     try:
         return registry.load(name, options)
     except EnvError as error:
@@ -69,36 +67,16 @@ def build_environment(config: Config) -> Env:
         ) from error
 
 
-def environment_options(config: Config) -> dict[str, Any]:
-    """What the environment is constructed with, here and in every worker."""
-    e = config.environment
-    return {"members": e.mix} if e.mix else dict(e.options)
-
-
-def episode_limits(config: Config, *, evaluation: bool) -> EpisodeLimits:
+def episode_limits(config: Config, env: Env, *, evaluation: bool) -> EpisodeLimits:
     """Budgets of an episode in training or in evaluation."""
     e = config.environment
+    training_turns = e.max_turns or env.spec.max_turns
     return EpisodeLimits(
-        max_turns=(evaluation and config.evaluation.max_turns) or e.max_turns,
+        max_turns=(config.evaluation.max_turns or training_turns) if evaluation else training_turns,
         max_new_tokens=e.max_new_tokens,
         max_context=e.max_context,
         timeout_s=e.episode_timeout_s,
         temperature=config.evaluation.temperature if evaluation else config.rollout.temperature,
-    )
-
-
-def draws(config: Config, env: Env, played: Mapping[int, Played]) -> Draws:
-    """Who decides on training tasks. Raises `Refused` for options that no sampler takes."""
-    e, r = config.environment, config.rollout
-    return Draws(
-        env,
-        seed=e.seed,
-        sampler=e.sampler,
-        options=e.sampler_options,
-        steps=config.run.steps,
-        groups_per_step=r.groups_per_step,
-        max_lag=r.max_lag,
-        played=played,
     )
 
 
@@ -120,7 +98,7 @@ def spawn(cluster: Cluster, config: Config, model_path: str, recorder: Recorder)
     engines = [_spawn_engine(cluster, config, model_path, i) for i in range(config.rollout.engines)]
     settings = WorkerSettings(
         environment=config.environment.name,
-        options=environment_options(config),
+        options=config.environment.options,
         tokenizer_path=model_path,
     )
     workers = [
@@ -191,6 +169,12 @@ def _gpus(config: Config) -> float:
     return 1.0 if config.model.device == "cuda" else 0.0
 
 
+def drop_below(config: Config) -> float:
+    """Rollouts with a smaller absolute advantage are dropped; none where each has a penalty of its
+    own."""
+    return config.algorithm.drop_below if config.algorithm.kl == "none" else 0.0
+
+
 def trainer_settings(config: Config, model_path: str) -> Any:
     """The trainer's plain values, from the tables [model], [algorithm] and [trainer]."""
     from loopwright.actors.objective import LossSettings
@@ -211,8 +195,13 @@ def trainer_settings(config: Config, model_path: str) -> Any:
             "aggregation",
             "aipo_rho",
             "aipo_grad",
+            "kl",
+            "kl_coef",
+            "kl_in",
         )
     }
+    # Dr. GRPO's constant: the most that a rollout can be long
+    loss["fixed_length_tokens"] = float(config.environment.max_context)
     return TrainerSettings(
         model_path=model_path,
         dtype=m.dtype,
@@ -222,6 +211,10 @@ def trainer_settings(config: Config, model_path: str) -> Any:
         temperature=config.rollout.temperature,
         proximal=a.proximal,
         loss=LossSettings(**loss),
+        critic=a.advantage == CRITIC,
+        gamma=a.gamma,
+        lam=a.lam,
+        value_lr=a.value_lr,
         lora_rank=m.lora_rank,
         lora_alpha=m.lora_alpha,
         lora_targets=m.lora_targets,

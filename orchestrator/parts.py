@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loopwright.actors.episode import EpisodeLimits
-from loopwright.algorithms.batching import BatchReport, build_batch
+from loopwright.algorithms.batching import BatchReport, build_batch, smallest_group
 from loopwright.algorithms.records import Group, Outcome, Rollout, TrainBatch, decode, encode
 from loopwright.envs.protocol import Task, TaskError, encode_task
 from loopwright.orchestrator.buffer import GroupBuffer
@@ -21,7 +21,7 @@ from loopwright.orchestrator.faults import RunError
 from loopwright.orchestrator.ledger import Ledger, LedgerError
 from loopwright.orchestrator.pool import Pool, episode_seed
 from loopwright.orchestrator.recorder import Recorder
-from loopwright.orchestrator.tasks import Played, TaskStream
+from loopwright.orchestrator.tasks import TaskStream
 from loopwright.orchestrator.training import Training
 
 
@@ -72,11 +72,13 @@ class Parts:
                 stopping.cancel()
 
     def batch(self, step: int, groups: Sequence[Group]) -> TrainBatch:
-        """Filter, advantage, flatten. A group with fewer than two rollouts has no baseline and is
-        left out."""
-        whole = [group for group in groups if len(group.rollouts) > 1]
-        batch, self.report = build_batch(whole, step, self.advantage, self.drop_below)
+        """Filter, advantage, flatten. A group with too few rollouts for a baseline is left out."""
+        batch, self.report = build_batch(self._whole(groups), step, self.advantage, self.drop_below)
         return batch
+
+    def _whole(self, groups: Sequence[Group]) -> list[Group]:
+        least = smallest_group(self.advantage)
+        return [group for group in groups if len(group.rollouts) >= least]
 
     async def update(self, step: int, batch: TrainBatch) -> None:
         """The trainer's step."""
@@ -92,7 +94,7 @@ class Parts:
 
     async def record(self, step: int, groups: Sequence[Group]) -> None:
         """Ledger first, then metrics."""
-        trained = [(g.ticket, r.attempt) for g in groups if len(g.rollouts) > 1 for r in g.rollouts]
+        trained = [(g.ticket, r.attempt) for g in self._whole(groups) for r in g.rollouts]
         self.ledger.step(step, trained, self.recorder.weights_checksum)
         self.stream.forget_before((step - 1) * self.buffer.groups_per_step)
         assert self.report is not None, "batch comes first"
@@ -106,7 +108,6 @@ class Parts:
         on_record = self.ledger.state.rollouts.get(ticket, {})
         missing = [] if void else [k for k in range(self.group_size) if k not in on_record]
         rollouts: list[Rollout] = [decode(on_record[k]) for k in sorted(on_record) if not void]
-        broken: list[BaseException] = []
         if missing:
             played = await asyncio.gather(
                 *(self._play(task, ticket, k) for k in missing), return_exceptions=True
@@ -116,17 +117,13 @@ class Parts:
                 if not isinstance(error, TaskError):
                     raise error
             rollouts += [p for p in played if isinstance(p, Rollout)]
-            void = _why_void(rollouts, broken)
-        used = [] if void else [r for r in rollouts if r.outcome is not Outcome.INFRA_FAULT]
-        used.sort(key=lambda r: r.attempt)
-        if ticket not in self.ledger.state.played:
-            passed = tuple(r.success for r in used)
-            self.ledger.group(
-                ticket, encode_task(task), void, Played(task_id=task.id, passed=passed)
-            )
+            void = _why_void(rollouts, broken, smallest_group(self.advantage))
+            self.ledger.group(ticket, encode_task(task), void)
             if void:
                 kind = "task_quarantined" if broken else "group_void"
                 self.recorder.event(kind, task=task.id, why=void)
+        used = [] if void else [r for r in rollouts if r.outcome is not Outcome.INFRA_FAULT]
+        used.sort(key=lambda r: r.attempt)
         return Group(ticket=ticket, task_id=task.id, rollouts=tuple(used))
 
     async def _play(self, task: Task, ticket: int, attempt: int) -> Rollout:
@@ -198,12 +195,12 @@ class Parts:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _why_void(rollouts: Sequence[Rollout], broken: Sequence[BaseException]) -> str:
-    """Why no group comes of these rollouts; empty if one does. One alone has no baseline."""
+def _why_void(rollouts: Sequence[Rollout], broken: Sequence[BaseException], least: int) -> str:
+    """Why no group comes of these rollouts; empty if one does: at least `least` have a baseline."""
     if broken:
         return f"task quarantined: {broken[0]}"
     scored = [r for r in rollouts if r.outcome is not Outcome.INFRA_FAULT]
-    if len(scored) > 1:
+    if len(scored) >= least:
         return ""
     faults = [r.fault for r in rollouts if r.fault]
     return f"{len(scored)} of {len(rollouts)} rollouts scored; the last fault: {faults[-1]}"

@@ -10,7 +10,6 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +18,6 @@ from loopwright.actors.weights import WeightManifest
 from loopwright.algorithms.batching import BatchReport
 from loopwright.algorithms.records import Group, Rollout
 from loopwright.orchestrator.buffer import GroupBuffer
-from loopwright.orchestrator.environment_metrics import environment_metrics
 from loopwright.orchestrator.pool import Pool
 
 
@@ -129,7 +127,8 @@ class Recorder:
         self._mismatch.update(
             {k: v for k, v in self._pending.items() if k.startswith("train/mismatch")}
         )
-        metrics = {f"rollout/{name}": float(value) for name, value in asdict(report).items()} | {
+        self._counts.update({f"lag/{lag}": n for lag, n in enumerate(report.lag_tokens)})
+        metrics = {f"rollout/{name}": value for name, value in report.metrics().items()} | {
             "rollout/turns_mean": _mean([float(r.turns) for r in rollouts]),
             "rollout/seconds_mean": _mean([r.seconds.get("total", 0.0) for r in rollouts]),
             "queue/playing_episodes": float(pool.playing),
@@ -138,7 +137,6 @@ class Recorder:
             "fault/infra_total": float(pool.infra_faults),
             "fault/actors_lost_total": float(self._counts["event/actor_lost"]),
             "time/elapsed_s": self.elapsed_s(),
-            **environment_metrics(rollouts, "environment"),
             **self._engines(pool),
         }
         self._flush(step, metrics)
@@ -178,6 +176,7 @@ class Recorder:
             "lag": {
                 "max": max((m for m, _ in self._lags), default=0),
                 "mean": _mean([mean for _, mean in self._lags]),
+                "tokens": _named(self._counts, "lag/"),
             },
             "seconds": {k: round(v, 3) for k, v in sorted(self._seconds.items())}
             | {"total": round(self.elapsed_s(), 3)},

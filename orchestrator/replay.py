@@ -82,5 +82,6 @@ def batch_of(config: Config, state: ledger.LedgerState, step: int) -> TrainBatch
             )
         rollouts: list[Rollout] = [decode(state.rollouts[ticket][k]) for k in attempts]
         groups.append(Group(ticket=ticket, task_id=rollouts[0].task_id, rollouts=tuple(rollouts)))
-    batch, _ = build_batch(groups, step, config.algorithm.advantage, config.algorithm.drop_below)
+    drop_below = assembly.drop_below(config)
+    batch, _ = build_batch(groups, step, config.algorithm.advantage, drop_below)
     return batch

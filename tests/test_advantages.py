@@ -5,6 +5,7 @@ import pytest
 
 from loopwright.algorithms.advantages import (
     ADVANTAGES,
+    CRITIC,
     AdvantageError,
     advantages,
     batch_normalized,
@@ -84,7 +85,7 @@ def test_batch_normalized_divides_all_groups_by_one_deviation() -> None:
         np.testing.assert_allclose(values, expected / scale)
 
 
-@pytest.mark.parametrize("name", ADVANTAGES)
+@pytest.mark.parametrize("name", [name for name in ADVANTAGES if name != CRITIC])
 def test_a_group_of_one_is_an_error_that_says_so(name: str) -> None:
     with pytest.raises(AdvantageError, match="K=1"):
         advantages(name, [np.array([1.0])])
@@ -112,6 +113,23 @@ def test_batch_drops_what_carries_no_gradient_and_counts_it() -> None:
     assert [c.tolist() for c in np.split(batch.token_ids, np.cumsum(batch.lengths)[:-1])][1] == [
         0, 1, 2, 3, 4,
     ]  # fmt: skip
+
+
+def test_nothing_is_dropped_where_a_critic_or_a_penalty_gives_every_rollout_a_gradient() -> None:
+    groups = [_group("a", [1, 1]), _group("b", [0.5])]
+    batch, report = build_batch(groups, step=1, advantage=CRITIC)
+    assert (report.dropped_rollouts, batch.rollout_ids.tolist()) == (0, [0, 1, 2])
+    assert batch.rewards.tolist() == [1, 1, 0.5] and not batch.advantages.any()
+    batch, report = build_batch(groups[:1], step=1, drop_below=0.0)
+    assert (report.dropped_rollouts, batch.advantages.tolist()) == (0, [0, 0])
+
+
+def test_lags_are_counted_by_token() -> None:
+    groups = [_group("a", [1, 0], version=3), _group("b", [1, 0, 0], version=1)]
+    batch, report = build_batch(groups, step=4)
+    assert report.lag_tokens == (4, 0, 6)
+    assert batch.policy_versions[batch.action_mask].tolist() == [3] * 4 + [1] * 6
+    assert report.spanning_rollouts == 0
 
 
 def test_context_instances_of_a_rollout_share_its_advantage_and_id() -> None:

@@ -98,9 +98,11 @@ def test_records_refuse_what_does_not_fit() -> None:
             token_ids=np.zeros(3, np.int32),
             action_mask=np.zeros(3, np.bool_),
             behavior_logprobs=np.zeros(3, np.float32),
+            policy_versions=np.zeros(3, np.int32),
             turn_ids=np.zeros(3, np.int16),
             lengths=np.array([2], np.int32),
             rollout_ids=np.zeros(1, np.int32),
+            rewards=np.zeros(1, np.float32),
             advantages=np.zeros(1, np.float32),
             rollout_count=1,
         )

@@ -108,9 +108,13 @@ def test_cispo_weights_reinforce_by_the_clipped_ratio() -> None:
     torch.testing.assert_close(plain, -0.8 * LP)
 
 
+def _means(lp: Tensor) -> tuple[Tensor, Tensor]:
+    return losses.mean_by_unit(lp, TURNS, 2), losses.mean_by_unit(PROX, TURNS, 2)
+
+
 def test_gspo_clips_the_geometric_mean_of_a_sequence() -> None:
     advantage = torch.tensor([1.0, -1.0]).double()
-    found = losses.gspo(LP, PROX, advantage, TURNS, 2, low=0.95, high=1.05)
+    found = losses.gspo(*_means(LP), advantage, low=0.95, high=1.05)
     # Means of log-ratios: (0 + .2)/2 and (−.2 + .05)/2.
     assert found.tolist() == pytest.approx([-1.05, max(0.95, math.exp(-0.075))])
 
@@ -120,7 +124,7 @@ def _ppo_sum(lp: Tensor) -> Tensor:
 
 
 def _gspo_sum(lp: Tensor) -> Tensor:
-    return losses.gspo(lp, PROX, torch.ones(2).double(), TURNS, 2, low=0.5, high=2.0).sum()
+    return losses.gspo(*_means(lp), torch.ones(2).double(), low=0.5, high=2.0).sum()
 
 
 def _turn_sum(lp: Tensor) -> Tensor:

@@ -22,7 +22,9 @@ def test_a_run_leaves_summary_curve_ledger_and_checkpoints(tmp_path: Path, polic
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["complete"] is True
     assert set(summary["success"]) == {"initial", "warm_start", "final"}
-    assert set(summary["lag"]) == {"max", "mean"}
+    assert set(summary["lag"]) == {"max", "mean", "tokens"}
+    assert sum(summary["lag"]["tokens"].values()) > 0
+    assert set(summary["lag"]["tokens"]) <= {"0", "1"}
     assert 0 <= summary["lag"]["mean"] <= summary["lag"]["max"] <= 1
     assert (summary["steps"], summary["publishes"], summary["restarts"]) == (3, 4, 0)
     assert summary["episodes"] >= 3 * P * K
@@ -50,6 +52,28 @@ def test_from_nothing_with_a_warm_start(tmp_path: Path) -> None:
     assert set(summary["success"]) == {"initial", "warm_start", "final"}
     assert (folder / "initial" / "config.json").is_file()
     assert (folder / "warm_start" / "config.json").is_file()
+    assert all(step.equal for step in replay(folder))
+
+
+def test_a_critic_a_reference_and_a_proximal_policy_without_a_pass(
+    tmp_path: Path, policy: str
+) -> None:
+    code, folder = train(
+        tmp_path,
+        policy,
+        "rollout.group_size=1",
+        "rollout.groups_per_step=6",
+        "algorithm.advantage=gae",
+        "algorithm.level=turn",
+        "algorithm.loss=decoupled",
+        "algorithm.proximal=loglinear",
+        "algorithm.kl=k3",
+    )
+    assert code == DONE
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "train/loss" in row]
+    assert all("value/explained_variance" in row for row in steps) and len(steps) == 3
+    assert steps[-1]["train/kl_reference_mean"] > 0
     assert all(step.equal for step in replay(folder))
 
 

@@ -124,6 +124,7 @@ def test_chunked_logprobs_have_the_same_gradient(policy: str) -> None:
         torch.testing.assert_close(value, gradients[1][name], atol=1e-4, rtol=1e-4)
 
 
+OF_SEQUENCES = ("lengths", "rollout_ids", "rewards", "advantages")
 LOSSES = [
     LossSettings(),
     LossSettings(level="turn"),
@@ -132,6 +133,10 @@ LOSSES = [
     LossSettings(loss="aipo"),
     LossSettings(loss="cispo", mismatch="masked_is"),
     LossSettings(aggregation="token_mean"),
+    LossSettings(loss="decoupled", level="turn", aggregation="fixed_length"),
+    LossSettings(mismatch="sequence_is", mismatch_cap=50.0),
+    LossSettings(mismatch="geometric_mask", aggregation="sequence_mean"),
+    LossSettings(kl="k3", kl_coef=0.5),
 ]
 
 
@@ -151,11 +156,11 @@ def test_the_gradient_does_not_depend_on_the_order_of_sequences(policy: str) -> 
     order = np.random.default_rng(3).permutation(len(batch.lengths))
     parts = np.split(np.arange(len(batch.token_ids)), np.cumsum(batch.lengths)[:-1])
     places = np.concatenate([parts[i] for i in order])
-    names = ("token_ids", "action_mask", "behavior_logprobs", "turn_ids")
+    names = ("token_ids", "action_mask", "behavior_logprobs", "policy_versions", "turn_ids")
     shuffled = dataclasses.replace(
         batch,
         **{name: getattr(batch, name)[places] for name in names},
-        **{n: getattr(batch, n)[order] for n in ("lengths", "rollout_ids", "advantages")},
+        **{n: getattr(batch, n)[order] for n in OF_SEQUENCES},
     )
     settings = TrainerSettings(model_path=policy)
     _assert_close(_gradients(settings, batch), _gradients(settings, shuffled))
@@ -170,11 +175,11 @@ def test_two_ranks_add_up_to_one(policy: str) -> None:
     halves = []
     for keep in (batch.rollout_ids < 1, batch.rollout_ids >= 1):  # very different token counts
         places = np.repeat(keep, batch.lengths)
-        names = ("token_ids", "action_mask", "behavior_logprobs", "turn_ids")
+        names = ("token_ids", "action_mask", "behavior_logprobs", "policy_versions", "turn_ids")
         part = dataclasses.replace(
             batch,
             **{name: getattr(batch, name)[places] for name in names},
-            **{n: getattr(batch, n)[keep] for n in ("lengths", "rollout_ids", "advantages")},
+            **{n: getattr(batch, n)[keep] for n in OF_SEQUENCES},
         )
         halves.append(_gradients(TrainerSettings(model_path=policy), part))
     _assert_close(whole, {name: halves[0][name] + halves[1][name] for name in whole})
@@ -330,8 +335,9 @@ def test_an_empty_batch_changes_nothing_but_the_step(policy: str) -> None:
     empty = dataclasses.replace(
         make_batch(),
         token_ids=np.zeros(0, np.int32), action_mask=np.zeros(0, bool),
-        behavior_logprobs=np.zeros(0, np.float32), turn_ids=np.zeros(0, np.int16),
-        lengths=np.zeros(0, np.int32), rollout_ids=np.zeros(0, np.int32),
+        behavior_logprobs=np.zeros(0, np.float32), policy_versions=np.zeros(0, np.int32),
+        turn_ids=np.zeros(0, np.int16), lengths=np.zeros(0, np.int32),
+        rollout_ids=np.zeros(0, np.int32), rewards=np.zeros(0, np.float32),
         advantages=np.zeros(0, np.float32),
     )  # fmt: skip
     metrics = backend.train(empty)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from loopwright.actors.objective import LossSettings
 from loopwright.actors.ranks import Ranks
 from loopwright.actors.trainer_backend import TrainerBackend, TrainerSettings, published_tensors
 from loopwright.configs.backends import load_backend
@@ -45,9 +46,18 @@ def _settings(policy: str, **options: Any) -> TrainerSettings:
     return TrainerSettings(model_path=policy, **{**defaults, **options})
 
 
-def test_two_ranks(policy: str, world: RankWorld) -> None:
-    one, metrics = _trained(None, _settings(policy, epochs=2), 3)
-    for two, same in world.run(_trained, _settings(policy, epochs=2, backend="fsdp2", ranks=2), 3):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"epochs": 2},
+        {"critic": True, "lam": 0.9, "loss": LossSettings(kl="k3", kl_coef=0.1, level="turn")},
+        {"lora_rank": 2, "loss": LossSettings(kl="k1", kl_in="reward", mismatch="geometric_is")},
+    ],
+    ids=["plain", "critic and reference", "adapters off"],
+)
+def test_two_ranks(policy: str, world: RankWorld, options: dict[str, Any]) -> None:
+    one, metrics = _trained(None, _settings(policy, **options), 3)
+    for two, same in world.run(_trained, _settings(policy, **options, backend="fsdp2", ranks=2), 3):
         for name, value in one.items():
             np.testing.assert_allclose(two[name], value, atol=1e-5, err_msg=name)
         for name, value in metrics.items():

@@ -212,9 +212,11 @@ def _real_batch(step: int) -> bytes:
         token_ids=random.integers(0, 200, tokens).astype(np.int32),
         action_mask=mask,
         behavior_logprobs=np.where(mask, -5.0, 0).astype(np.float32),
+        policy_versions=np.where(mask, step - 1, -1).astype(np.int32),
         turn_ids=np.where(mask, 0, -1).astype(np.int16),
         lengths=lengths,
         rollout_ids=np.arange(6, dtype=np.int32),
+        rewards=random.random(6).astype(np.float32),
         advantages=random.normal(size=6).astype(np.float32),
         rollout_count=6,
     )

@@ -40,9 +40,11 @@ def make_batch(
         token_ids=random.integers(0, 250, tokens).astype(np.int32),
         action_mask=mask,
         behavior_logprobs=np.where(mask, logprob, 0).astype(np.float32),
+        policy_versions=np.where(mask, step - 1, -1).astype(np.int32),
         turn_ids=np.where(mask, turns, -1).astype(np.int16),
         lengths=lengths,
         rollout_ids=np.repeat(np.arange(rollouts), contexts).astype(np.int32),
+        rewards=np.repeat(random.random(rollouts), contexts).astype(np.float32),
         advantages=np.repeat(random.normal(size=rollouts), contexts).astype(np.float32),
         rollout_count=rollouts + 2,
     )
