@@ -9,10 +9,13 @@ from loopwright.algorithms.optimizers.building import (
     elementwise_methods,
     method,
     predict_state_bytes,
+    sharding_methods,
 )
+from loopwright.algorithms.optimizers.layer_sampling import outlier_scores
+from loopwright.algorithms.optimizers.methods import METHODS, Method
 from loopwright.algorithms.optimizers.options import OptimizerError, Options
 from loopwright.algorithms.optimizers.pipeline import Pipeline
-from loopwright.algorithms.optimizers.presets import METHODS, Method
+from loopwright.algorithms.optimizers.zeroth_order import ZerothOrder
 
 __all__ = [
     "METHODS",
@@ -20,8 +23,11 @@ __all__ = [
     "OptimizerError",
     "Options",
     "Pipeline",
+    "ZerothOrder",
     "build",
     "elementwise_methods",
     "method",
+    "outlier_scores",
     "predict_state_bytes",
+    "sharding_methods",
 ]

@@ -22,9 +22,6 @@ ALL_ROWS = slice(None)
 class Basis(Protocol):
     """What gradients are projected with."""
 
-    rowwise: bool  # do rows of the coordinates belong to rows of the parameter, one to one?
-    gradient_free: bool  # is the gradient no longer needed once it is projected?
-
     def shape(self, layout: Layout) -> tuple[int, ...]:
         """Local shape of the coordinates."""
 
@@ -57,12 +54,30 @@ class Basis(Protocol):
     ) -> None:
         """weights += factor · (coordinates projected back), in place."""
 
+    def decay(self, state: State, weights: Tensor, factor: float, layout: Layout) -> None:
+        """weights *= factor, in place, where this basis trains them."""
 
-class Identity:
+
+class Steady:
+    """What bases share that are never renewed by a gradient and train all weights."""
+
+    def due(self, state: State, t: int) -> bool:
+        """Never."""
+        return False
+
+    def refresh(
+        self, state: State, gradient: Tensor, layout: Layout, codec: Codec, t: int
+    ) -> Tensor | None:
+        """Nothing to do."""
+        return None
+
+    def decay(self, state: State, weights: Tensor, factor: float, layout: Layout) -> None:
+        """All of them."""
+        weights.mul_(factor)
+
+
+class Identity(Steady):
     """Every entry is a coordinate."""
-
-    rowwise = True
-    gradient_free = False
 
     def shape(self, layout: Layout) -> tuple[int, ...]:
         return layout.local_shape(*layout.shape[1:]) if layout.shape else ()
@@ -72,14 +87,6 @@ class Identity:
 
     def allocate(self, state: State, layout: Layout, codec: Codec, index: int) -> None:
         """Nothing describes it."""
-
-    def due(self, state: State, t: int) -> bool:
-        return False
-
-    def refresh(
-        self, state: State, gradient: Tensor, layout: Layout, codec: Codec, t: int
-    ) -> Tensor | None:
-        return None
 
     def down(self, state: State, gradient: Tensor, layout: Layout, codec: Codec) -> Tensor:
         return gradient.float()
@@ -97,7 +104,7 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(Steady):
     """The r leading singular directions of one side (GaLore, Zhao et al. 2024), or r random ones.
 
     right: R = G·V [m, r], rows stay rows, so nothing crosses ranks between refreshes; left:
@@ -111,8 +118,7 @@ class LowRank:
     seed: int = 0
     lazy: float = 0.0
     square_left: bool = False  # auto projects the left of square matrices (LDAdam's code)
-    rowwise = True
-    gradient_free = True
+    stagger: bool = False  # the second refresh comes early, by a share of the gap
 
     def side_of(self, layout: Layout) -> OneSide:
         """Which side of this parameter is projected."""
@@ -138,6 +144,8 @@ class LowRank:
 
     def allocate(self, state: State, layout: Layout, codec: Codec, index: int) -> None:
         state["refreshes"], state["next_refresh"], state["gap"] = 0, 0, self.gap
+        # the golden ratio spreads any number of parameters evenly
+        state["early"] = int(self.gap * (index * 0.6180339887 % 1)) if self.stagger else 0
         if self.projection == "random":
             state["basis_seed"] = self.seed + index + 1
             return
@@ -153,27 +161,27 @@ class LowRank:
         self, state: State, gradient: Tensor, layout: Layout, codec: Codec, t: int
     ) -> Tensor | None:
         had = int(state["refreshes"]) > 0
-        old = self._basis(state, layout, codec).clone() if had else None
+        old = self.matrix_of(state, layout, codec).clone() if had else None
         gap, count = int(state["gap"]), int(state["refreshes"])
         state["refreshes"] = count + 1
         if self.projection == "random":
             if count:
                 state["basis_seed"] = next_seed(int(state["basis_seed"]))
-            new = self._basis(state, layout, codec)
+            new = self.matrix_of(state, layout, codec)
         else:
             new = self._found(gradient, old, layout, count)
-            self._keep(state, new, layout, codec)
-            new = self._basis(state, layout, codec)
+            self.keep(state, new, layout, codec)
+            new = self.matrix_of(state, layout, codec)
         change = None if old is None else old.mT @ new
         if change is not None and self.lazy:
             similarity = float(change.square().sum() / change.shape[-1])
             if not layout.batched and similarity >= self.lazy:
                 state["gap"] = gap = 2 * gap
-        state["next_refresh"] = t + gap
+        state["next_refresh"] = t + gap - (0 if count else int(state["early"]))
         return change
 
     def down(self, state: State, gradient: Tensor, layout: Layout, codec: Codec) -> Tensor:
-        basis = self._basis(state, layout, codec).to(gradient.dtype)
+        basis = self.matrix_of(state, layout, codec).to(gradient.dtype)
         if self.side_of(layout) == "right":
             return (gradient @ basis).float()
         return layout.sum((layout.own_rows(basis).mT @ gradient).float())
@@ -187,7 +195,7 @@ class LowRank:
         layout: Layout,
         codec: Codec,
     ) -> None:
-        basis = self._basis(state, layout, codec)
+        basis = self.matrix_of(state, layout, codec)
         if self.side_of(layout) == "right":
             one, other = coordinates, basis.mT
         else:
@@ -209,14 +217,16 @@ class LowRank:
         noise = generator(self.seed, layout.shape.numel(), count)
         return subspace.randomized(full, rank, side, layout, noise)
 
-    def _keep(self, state: State, basis: Tensor, layout: Layout, codec: Codec) -> None:
+    def keep(self, state: State, basis: Tensor, layout: Layout, codec: Codec) -> None:
+        """Store the basis [..., d, r]."""
         rows = basis.shape[:-1].numel()
         start = layout.row_start * basis.shape[-2] if layout.batched else 0
         whole = layout.shape[0] * basis.shape[-2] if layout.batched else rows
         noise = Noise((self.seed, 7, int(state["refreshes"])), whole, start)
         codec.write(state, "basis", basis, ALL_ROWS, noise)
 
-    def _basis(self, state: State, layout: Layout, codec: Codec) -> Tensor:
+    def matrix_of(self, state: State, layout: Layout, codec: Codec) -> Tensor:
+        """The basis [..., d, r], fp32."""
         if self.projection != "random":
             return codec.read(state, "basis", ALL_ROWS)
         return random_basis(

@@ -6,11 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loopwright.algorithms.optimizers.layer_sampling import layer_of, weight_outliers
 from loopwright.algorithms.optimizers.layout import Layout
+from loopwright.algorithms.optimizers.methods import METHODS, Method
 from loopwright.algorithms.optimizers.options import OptimizerError, Options, nearest, resolve
-from loopwright.algorithms.optimizers.pipeline import Pipeline, Slot, register_names
-from loopwright.algorithms.optimizers.presets import METHODS, Method
+from loopwright.algorithms.optimizers.parts import Plan, Slot
+from loopwright.algorithms.optimizers.pipeline import Pipeline
+from loopwright.algorithms.optimizers.saved_state import register_names
 from loopwright.algorithms.optimizers.write_back import WriteBack, way_for
+from loopwright.algorithms.optimizers.zeroth_order import ZerothOrder
 
 Named = nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 register_names(METHODS)
@@ -33,7 +37,10 @@ def build(model_or_named_parameters: Named, name: str, **options: Any) -> torch.
     """
     row = method(name)
     resolved = resolve(name, row.defaults, options)
-    return _pipeline(_unique(model_or_named_parameters), row, resolved)
+    named = _unique(model_or_named_parameters)
+    if row.forward_only:
+        return ZerothOrder(named, resolved, name, sparse=name == "sparse_mezo")
+    return _pipeline(named, row, resolved)
 
 
 def predict_state_bytes(
@@ -58,6 +65,8 @@ def predict_state_bytes(
         name,
         **options,
     )
+    if isinstance(optimizer, ZerothOrder):
+        return optimizer.state_bytes()
     assert isinstance(optimizer, Pipeline)
     return sum(
         -(-size // ranks) if cut else size
@@ -100,6 +109,12 @@ def _pipeline(named: Sequence[tuple[str, Tensor]], row: Method, options: Options
     plan = row.plan(options)
     slots = []
     for index, (name, parameter) in enumerate(named):
+        layout = Layout.of(name, parameter)
+        if layout.group is not None and not row.fsdp2:
+            raise OptimizerError(
+                f"optimizer {row.name!r} needs whole parameters, and {name} is cut over ranks; "
+                f"use the torch backend, or one of {', '.join(sharding_methods())}"
+            )
         recipe = plan.recipe_of(name, parameter.shape)
         if recipe is not None:
             way = way_for(name, parameter, options.write_back, options.lr)
@@ -107,13 +122,47 @@ def _pipeline(named: Sequence[tuple[str, Tensor]], row: Method, options: Options
                 Slot(
                     name=name,
                     parameter=parameter,
-                    layout=Layout.of(name, parameter),
+                    layout=layout,
                     recipe=recipe,
                     write_back=WriteBack(way),
                     index=index,
+                    layer=layer_of(name) if plan.sampler is not None else None,
                 )
             )
-    return Pipeline(slots, options, row.name)
+    if not slots:
+        raise OptimizerError(
+            f"optimizer {row.name!r} trains none of these {len(named)} parameters "
+            f"({', '.join(name for name, _ in named[:3])}, …); {row.use_when}"
+        )
+    optimizer = Pipeline(_with_layers(slots, plan), plan, options, row.name)
+    if plan.sampler is not None and plan.sampler.kind == "outliers":
+        optimizer.set_layer_scores(_weight_scores(optimizer))
+    return optimizer
+
+
+def _with_layers(slots: list[Slot], plan: Plan) -> list[Slot]:
+    """Without numbered layers every matrix is one, so that layers can be drawn from any model."""
+    if plan.sampler is not None and all(slot.layer is None for slot in slots):
+        for slot in slots:
+            slot.layer = slot.name if slot.parameter.ndim >= 2 else None
+    return slots
+
+
+def _weight_scores(optimizer: Pipeline) -> dict[str, float]:
+    """Outlier shares from the weights alone, until a calibration gives better ones."""
+    shares: dict[str, list[float]] = {}
+    for slot in optimizer.slots:
+        if slot.layer is not None and slot.parameter.ndim >= 2:
+            shares.setdefault(slot.layer, []).append(weight_outliers(slot.parameter, slot.layout))
+    return {
+        layer: sum(shares.get(layer, [0.0])) / len(shares.get(layer, [0.0]))
+        for layer in optimizer.layers
+    }
+
+
+def sharding_methods() -> tuple[str, ...]:
+    """Methods that work on parameters cut by rows over ranks (FSDP2)."""
+    return tuple(name for name, row in METHODS.items() if row.fsdp2)
 
 
 def elementwise_methods() -> tuple[str, ...]:

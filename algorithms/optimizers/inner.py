@@ -25,13 +25,24 @@ class Inner(Protocol):
     def moments(self) -> tuple[str, ...]:
         """Names of the states that have the shape of the gradient."""
 
+    @property
+    def elementwise(self) -> bool:
+        """Is every entry treated by itself?"""
+
     def allocate(
         self, state: State, shape: tuple[int, ...], layout: Layout, codec: Codec, *, sharded: bool
     ) -> None:
         """Put the states for a gradient of local `shape` into `state`."""
 
     def direction(
-        self, state: State, gradient: Tensor, t: int, codec: Codec, rows: slice, noise: Noise
+        self,
+        state: State,
+        gradient: Tensor,
+        t: int,
+        codec: Codec,
+        rows: slice,
+        noise: Noise,
+        layout: Layout,
     ) -> tuple[Tensor, float]:
         """(N, size) for the `rows` of the gradient, `t` updates having been made before."""
 
@@ -41,6 +52,11 @@ class _Moments:
     def moments(self) -> tuple[str, ...]:
         """None, where a subclass names none."""
         return ()
+
+    @property
+    def elementwise(self) -> bool:
+        """It is, where a subclass does not say otherwise."""
+        return True
 
     def allocate(
         self, state: State, shape: tuple[int, ...], layout: Layout, codec: Codec, *, sharded: bool
@@ -68,7 +84,14 @@ class Adam(_Moments):
         return ("exp_avg", "exp_avg_sq")
 
     def direction(
-        self, state: State, gradient: Tensor, t: int, codec: Codec, rows: slice, noise: Noise
+        self,
+        state: State,
+        gradient: Tensor,
+        t: int,
+        codec: Codec,
+        rows: slice,
+        noise: Noise,
+        layout: Layout,
     ) -> tuple[Tensor, float]:
         """(N, size); both moments are updated."""
         b1, b2 = self.betas
@@ -101,7 +124,14 @@ class Sgd(_Moments):
         return ("exp_avg",) if self.momentum else ()
 
     def direction(
-        self, state: State, gradient: Tensor, t: int, codec: Codec, rows: slice, noise: Noise
+        self,
+        state: State,
+        gradient: Tensor,
+        t: int,
+        codec: Codec,
+        rows: slice,
+        noise: Noise,
+        layout: Layout,
     ) -> tuple[Tensor, float]:
         """(R or M, 1)."""
         if not self.momentum:
@@ -117,7 +147,14 @@ class SignSgd(Sgd):
     """The sign of the gradient; with `momentum` that of its average (Bernstein et al. 2018)."""
 
     def direction(
-        self, state: State, gradient: Tensor, t: int, codec: Codec, rows: slice, noise: Noise
+        self,
+        state: State,
+        gradient: Tensor,
+        t: int,
+        codec: Codec,
+        rows: slice,
+        noise: Noise,
+        layout: Layout,
     ) -> tuple[Tensor, float]:
         """(sign, 1)."""
         if not self.momentum:
@@ -140,7 +177,14 @@ class Lion(_Moments):
         return ("exp_avg",)
 
     def direction(
-        self, state: State, gradient: Tensor, t: int, codec: Codec, rows: slice, noise: Noise
+        self,
+        state: State,
+        gradient: Tensor,
+        t: int,
+        codec: Codec,
+        rows: slice,
+        noise: Noise,
+        layout: Layout,
     ) -> tuple[Tensor, float]:
         """(sign, 1)."""
         b1, b2 = self.betas

@@ -104,9 +104,7 @@ class Layout:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum in place over the ranks that hold rows of the same matrix."""
-        if self.matrix_group is not None:
-            dist.all_reduce(tensor, group=self.matrix_group)
-        return tensor
+        return sum_over(tensor, self.matrix_group)
 
     def own_rows(self, tensor: Tensor) -> Tensor:
         """The local rows of a replicated [m, …] tensor."""
@@ -121,6 +119,13 @@ class Layout:
         whole = local.new_zeros((self.shape[0], *local.shape[1:]))
         self.own_rows(whole).copy_(local)
         return self.sum(whole)
+
+
+def sum_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Sum in place over the ranks of `group`; None: nothing to do."""
+    if group is not None:
+        dist.all_reduce(tensor, group=group)
+    return tensor
 
 
 def total_over_ranks(values: Tensor, layouts: list[Layout]) -> Tensor:

@@ -3,93 +3,59 @@
     gradient → Basis.down → R → [Conditioner] → Inner (states in a Codec) → N → Emit → weights
        └──────────────────── whole, where the basis is due or Emit needs it ──────┘
 
-One `Recipe` holds the parts for a kind of parameter, one `Plan` the recipes and what concerns the
-whole optimizer. `Pipeline` is a torch optimizer: parameter groups with `lr` and `weight_decay`,
-states of tensors and whole numbers only.
+`Pipeline` is a torch optimizer: parameter groups with `lr` and `weight_decay`, states of tensors
+and whole numbers only, allocated when it is built.
 """
 
 import math
-import zlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from loopwright.algorithms.optimizers.bases import Basis, Identity, LowRank
-from loopwright.algorithms.optimizers.emits import Back, Emit, Step
-from loopwright.algorithms.optimizers.inner import ALL_ROWS, Inner
+from loopwright.algorithms.optimizers.bases import LowRank
+from loopwright.algorithms.optimizers.layer_sampling import scores_in_order
 from loopwright.algorithms.optimizers.layout import Layout, total_over_ranks
-from loopwright.algorithms.optimizers.options import OnRefresh, OptimizerError, Options
-from loopwright.algorithms.optimizers.state_codecs import CODECS, Codec, Noise, State
+from loopwright.algorithms.optimizers.options import OptimizerError, Options
+from loopwright.algorithms.optimizers.parts import Plan, Slot
+from loopwright.algorithms.optimizers.restarts import pairs_of, rebalanced
+from loopwright.algorithms.optimizers.saved_state import (
+    method_id,
+    refuse_other_format,
+    refuse_other_groups,
+)
+from loopwright.algorithms.optimizers.sparse_bases import Mask
+from loopwright.algorithms.optimizers.state_codecs import Noise, State
 from loopwright.algorithms.optimizers.transport import transport
-from loopwright.algorithms.optimizers.write_back import WriteBack
-
-CHUNK = 1 << 20  # entries updated at a time where rows are independent: they stay in the cache
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """The parts that update one kind of parameter."""
-
-    inner: Inner
-    basis: Basis = field(default_factory=Identity)
-    emit: Emit = field(default_factory=Back)
-    codec: Codec = field(default_factory=lambda: CODECS["fp32"])
-    basis_codec: Codec = field(default_factory=lambda: CODECS["fp32"])
-    on_refresh: OnRefresh = "keep"
-    decay_last: bool = False  # decay after the update (GaLore's family), or before (torch)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Which parameter gets which recipe; None freezes it."""
-
-    recipe_of: Callable[[str, torch.Size], Recipe | None]
-
-
-@dataclass(slots=True, kw_only=True)
-class Slot:
-    """One parameter in the pipeline."""
-
-    name: str
-    parameter: Tensor
-    layout: Layout
-    recipe: Recipe
-    write_back: WriteBack
-    index: int  # its place among all parameters: seeds depend on it
-    coordinates: Tensor | None = None  # R of the update being prepared
-
-    def noise(self, seed: int, t: int, rows: int, row_start: int) -> Noise:
-        """Noise for a tensor of `rows` rows in all, of which those from `row_start` are here."""
-        return Noise((seed, self.index, t), rows, row_start)
+from loopwright.algorithms.optimizers.update import Update, noise_for, update
 
 
 class Pipeline(torch.optim.Optimizer):
     """An optimizer made of parts. Made by `build`."""
 
-    def __init__(self, slots: Sequence[Slot], options: Options, method: str) -> None:
+    def __init__(self, slots: Sequence[Slot], plan: Plan, options: Options, method: str) -> None:
         """`slots` in the order of the model's parameters."""
         self.slots = list(slots)
+        self.plan = plan
         self.options = options
         self.method = method
         self._factor = 1.0  # by which clipping shortens the update being prepared
         self._prepared = False
-        decayed = [s.parameter for s in slots if s.parameter.ndim >= 2]
-        plain = [s.parameter for s in slots if s.parameter.ndim < 2]
-        groups: list[dict[str, Any]] = [
-            {"params": decayed, "weight_decay": options.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-        for group in groups:
-            group["lr"], group["updates"] = options.lr, 0
-            group["method"] = method_id(method)
+        groups = _groups(slots, options, method)
         super().__init__(groups, {})
         self._group_of = {id(p): g for g in self.param_groups for p in g["params"]}
-        for slot in self.slots:
-            self._allocate(slot)
+        self._pairs = pairs_of(self.slots) if plan.restarts else []
+        self.layers = list(dict.fromkeys(s.layer for s in self.slots if s.layer is not None))
+        self._active: frozenset[str] = frozenset()
+        if plan.sampler is not None:
+            self.param_groups[0]["layer_scores"] = torch.ones(len(self.layers))
+        self._choose_layers()
+
+    @property
+    def updates(self) -> int:
+        """Updates made so far."""
+        return int(self.param_groups[0]["updates"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -106,52 +72,76 @@ class Pipeline(torch.optim.Optimizer):
         for slot in self.slots:
             if slot.coordinates is not None:
                 self._update(slot)
-                slot.coordinates = None
         for group in self.param_groups:
             group["updates"] += 1
-        self._prepared, self._factor = False, 1.0
+        self._forget_gradients()
+        if self._pairs and self.updates % self.plan.reset_every == 0:
+            self._rebalance()
+        if self.plan.sampler is not None and self.updates % self.plan.sampler.every == 0:
+            self._choose_layers()
         return loss
 
     @torch.no_grad()
     def clip_gradients(self, max_norm: float) -> float:
         """Shorten the next update's gradients to `max_norm` together; the norm they had.
 
-        Where only projected gradients are used, the norm is theirs. Bases are renewed first.
+        Where only projected gradients are used, the norm is theirs. Bases are renewed first. Raises
+        `OptimizerError` on a gradient that is not finite.
         """
         self._prepare()
         live = [slot for slot in self.slots if slot.coordinates is not None]
         if not live:
             return 0.0
-        squares = [self._clipped(slot).float().square().sum() for slot in live]
-        cut = [
-            s.layout
-            if s.recipe.emit.needs_gradient or s.recipe.basis.sharded(s.layout)
-            else Layout.of(s.name, s.layout.local(s.parameter))
-            for s in live
-        ]
-        norm = math.sqrt(float(total_over_ranks(torch.stack(squares), cut).sum()))
+        squares, layouts = [], []
+        for slot in live:
+            measured = slot.coordinates
+            cut = slot.recipe.basis.sharded(slot.layout)
+            if measured is None or slot.recipe.emit.needs_gradient:
+                measured, cut = self._gradient(slot), True
+            squares.append(measured.float().square().sum())
+            layouts.append(slot.layout if cut else Layout.of(slot.name, torch.empty(())))
+        norm = math.sqrt(float(total_over_ranks(torch.stack(squares), layouts).sum()))
         if max_norm > 0:
             self._factor = min(1.0, max_norm / (norm + 1e-6))
         return norm
 
-    def _clipped(self, slot: Slot) -> Tensor:
-        """What of a gradient the update uses, and clipping measures."""
-        if slot.recipe.emit.needs_gradient or slot.coordinates is None:
-            return self._gradient(slot)
-        return slot.coordinates
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients, projected ones included."""
         super().zero_grad(set_to_none)
+        self._forget_gradients()
+
+    def reset_moments(self) -> None:
+        """Zero all moments and begin the warm-up, if the method has one: say, where the policy
+        jumped."""
         for slot in self.slots:
-            slot.coordinates = None
-        self._prepared, self._factor = False, 1.0
+            if slot.parameter in self.state:
+                self._reset(slot)
+
+    def set_layer_scores(self, scores: Mapping[str, float]) -> None:
+        """Weights by which layers are drawn from now on (`outlier_scores`), by layer name."""
+        if self.plan.sampler is None or self.plan.sampler.kind != "outliers":
+            raise OptimizerError(f"optimizer {self.method!r} does not draw layers by scores")
+        self.param_groups[0]["layer_scores"] = scores_in_order(self.layers, scores)
+        if self.updates == 0:
+            self._choose_layers()
+
+    def is_trained(self, slot: Slot) -> bool:
+        """Is this parameter's layer among those trained at present?"""
+        return self.plan.sampler is None or slot.layer is None or slot.layer in self._active
+
+    def seek(self, updates: int) -> None:
+        """Allocate the states that there are after so many updates, so that a distributed
+        checkpoint finds them to load into."""
+        for group in self.param_groups:
+            group["updates"] = updates
+        self._choose_layers()
 
     def state_bytes(self) -> int:
         """Bytes of all state tensors of this process."""
         return sum(
             slot.layout.local(value).numel() * value.element_size()
             for slot in self.slots
+            if slot.parameter in self.state
             for value in self.state[slot.parameter].values()
             if isinstance(value, Tensor)
         )
@@ -159,91 +149,62 @@ class Pipeline(torch.optim.Optimizer):
     def state_sizes(self, slot: Slot) -> list[tuple[int, bool]]:
         """(bytes, is it cut by rows as the parameter is?) of each state tensor of one parameter, as
         if it were whole."""
-        recipe, layout = slot.recipe, slot.layout
-        cut = recipe.basis.sharded(layout)
+        if slot.parameter not in self.state:
+            return []
+        cut = slot.recipe.basis.sharded(slot.layout)
+        whole = ("basis", "last_norm")
+        own = ("master", "compensation", "error", "mask", "gain")
         return [
-            (value.numel() * value.element_size(), layout.batched or (cut and key[:5] != "basis"))
+            (
+                value.numel() * value.element_size(),
+                slot.layout.batched or key.startswith(own) or (cut and not key.startswith(whole)),
+            )
             for key, value in self.state[slot.parameter].items()
             if isinstance(value, Tensor)
         ]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take a saved state. Raises `OptimizerError` if it is of another method or model."""
-        self._refuse_other(state_dict)
-        super().load_state_dict(state_dict)
-        # torch casts states to the weights' dtype: masters would lose their bits, codes their
-        # meaning
+        """Take a saved state. Raises `OptimizerError` if it is of another method, model or
+        format."""
+        refuse_other_groups(self.method, self.param_groups, state_dict.get("param_groups", []))
         order = [p for group in self.param_groups for p in group["params"]]
+        names = {id(slot.parameter): slot.name for slot in self.slots}
+        for number, saved in state_dict["state"].items():
+            if order[int(number)] in self.state:
+                name = names[id(order[int(number)])]
+                refuse_other_format(name, self.state[order[int(number)]], saved)
+        super().load_state_dict(state_dict)
+        # torch casts states to the weights' dtype: masters would lose bits, codes their meaning
         for number, saved in state_dict["state"].items():
             parameter = order[int(number)]
-            device = parameter.device
             self.state[parameter] = {
-                key: value.to(device=device, copy=True) if isinstance(value, Tensor) else value
+                key: value.to(parameter.device, copy=True) if isinstance(value, Tensor) else value
                 for key, value in saved.items()
             }
         self._group_of = {id(p): g for g in self.param_groups for p in g["params"]}
-
-    def _refuse_other(self, saved: dict[str, Any]) -> None:
-        groups = saved.get("param_groups", [])
-        found = groups[0].get("method") if groups else None
-        if found != method_id(self.method):
-            raise OptimizerError(
-                f"the saved state is of {method_named(found)}, this optimizer is {self.method!r}: "
-                "its states mean nothing here. Resume with the optimizer of the checkpoint, or "
-                "start a new run from the checkpoint's weights"
-            )
-        own = [len(group["params"]) for group in self.param_groups]
-        theirs = [len(group["params"]) for group in groups]
-        if own != theirs:
-            raise OptimizerError(
-                f"the saved state has groups of {theirs} parameters, this model {own}: load a "
-                "checkpoint of the same model with the same parameters trained"
-            )
-        order = [p for group in self.param_groups for p in group["params"]]
-        names = {id(slot.parameter): slot.name for slot in self.slots}
-        for number, values in saved["state"].items():
-            parameter = order[int(number)]
-            mine = self.state[parameter]
-            for key, value in mine.items():
-                other = values.get(key)
-                if isinstance(value, Tensor) and (
-                    not isinstance(other, Tensor)
-                    or other.shape != value.shape
-                    or other.dtype != value.dtype
-                ):
-                    got = "nothing" if other is None else f"{tuple(other.shape)} {other.dtype}"
-                    raise OptimizerError(
-                        f"{names[id(parameter)]}: the saved state has {got} for {key}, expected "
-                        f"{tuple(value.shape)} {value.dtype}: rank, side, state and write_back "
-                        "must be those of the checkpoint"
-                    )
-
-    def _allocate(self, slot: Slot) -> None:
-        state: State = {"step": 0}
-        recipe, layout = slot.recipe, slot.layout
-        recipe.basis.allocate(state, layout, recipe.basis_codec, slot.index)
-        recipe.inner.allocate(
-            state,
-            recipe.basis.shape(layout),
-            layout,
-            recipe.codec,
-            sharded=recipe.basis.sharded(layout),
-        )
-        recipe.emit.allocate(state, layout, recipe.codec)
-        slot.write_back.allocate(state, layout)
-        self.state[slot.parameter] = state
+        self._active = self._drawn()
+        self._forget_gradients()
 
     def _gradient(self, slot: Slot) -> Tensor:
         assert slot.parameter.grad is not None
         return slot.layout.local(slot.parameter.grad)
 
+    def _forget_gradients(self) -> None:
+        for slot in self.slots:
+            slot.coordinates = slot.collected = None
+        self._prepared, self._factor = False, 1.0
+
     def _prepare(self) -> None:
         """Check gradients, renew bases that are due, project."""
         if self._prepared:
             return
-        live = [slot for slot in self.slots if slot.parameter.grad is not None]
-        squares = self._squares(live)
-        for slot, square in zip(live, squares, strict=True):
+        live = [
+            slot
+            for slot in self.slots
+            if self.is_trained(slot)
+            and (slot.parameter.grad is not None or slot.collected is not None)
+        ]
+        for slot, square in zip(live, self._squares(live), strict=True):
             if square > 0:
                 self._project(slot)
         self._prepared = True
@@ -252,8 +213,9 @@ class Pipeline(torch.optim.Optimizer):
         """Squared norm of each gradient over all ranks. Raises on those that are not finite."""
         if not live:
             return []
-        norms = torch._foreach_norm([self._gradient(slot) for slot in live])
-        squares = torch.stack([norm.float() for norm in norms]).double().square()
+        seen = [self._gradient(s) if s.collected is None else s.collected for s in live]
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm(seen)])
+        squares = norms.double().square()
         found = total_over_ranks(squares, [slot.layout for slot in live]).tolist()
         bad = [slot.name for slot, s in zip(live, found, strict=True) if not math.isfinite(s)]
         if bad:
@@ -266,112 +228,114 @@ class Pipeline(torch.optim.Optimizer):
 
     def _project(self, slot: Slot) -> None:
         state, recipe, layout = self.state[slot.parameter], slot.recipe, slot.layout
+        if slot.collected is not None:
+            slot.coordinates = slot.collected
+            return
         gradient, t = self._gradient(slot), int(state["step"])
-        if recipe.basis.due(state, t):
-            change = recipe.basis.refresh(state, gradient, layout, recipe.basis_codec, t)
-            if recipe.on_refresh == "reset":
-                self._forget(slot)
-            elif recipe.on_refresh == "transport" and change is not None:
-                self._transport(slot, change, t)
-        slot.coordinates = (
-            gradient
-            if isinstance(recipe.basis, Identity)
-            else recipe.basis.down(state, gradient, layout, recipe.basis_codec)
-        )
+        if recipe.whole or recipe.late:
+            slot.coordinates = gradient
+            return
+        self.renew(slot, state, gradient, t)
+        slot.coordinates = recipe.basis.down(state, gradient, layout, recipe.basis_codec)
 
-    def _transport(self, slot: Slot, change: Tensor, t: int) -> None:
-        state, recipe, layout = self.state[slot.parameter], slot.recipe, slot.layout
-        shape = recipe.basis.shape(layout)
-        right = not isinstance(recipe.basis, LowRank) or recipe.basis.side_of(layout) == "right"
-        local = torch.empty(shape, device="meta")
-        noise = self._noise(slot, local, t, ALL_ROWS, recipe.basis.sharded(layout))
-        transport(state, recipe.inner, recipe.codec, change, right=right, t=t, noise=noise)
+    def renew(self, slot: Slot, state: State, gradient: Tensor, t: int) -> None:
+        """Take a new basis if one is due, and bring the moments into it."""
+        recipe, layout = slot.recipe, slot.layout
+        if not recipe.basis.due(state, t):
+            return
+        change = recipe.basis.refresh(state, gradient, layout, recipe.basis_codec, t)
+        if recipe.conditioner is not None or recipe.on_refresh == "reset":
+            self._allocate_moments(slot, state, all_of_them=recipe.on_refresh == "reset")
+        if recipe.on_refresh == "transport" and change is not None:
+            shape = recipe.basis.shape(layout)
+            noise: Noise = noise_for(
+                slot, shape, t, 0, self.options.seed, cut=recipe.basis.sharded(layout)
+            )
+            right = isinstance(recipe.basis, LowRank) and recipe.basis.side_of(layout) == "right"
+            transport(state, recipe.inner, recipe.codec, change, right=right, t=t, noise=noise)
 
-    def _forget(self, slot: Slot) -> None:
-        """Zero the moments."""
-        state, recipe, layout = self.state[slot.parameter], slot.recipe, slot.layout
-        recipe.inner.allocate(
-            state,
-            recipe.basis.shape(layout),
-            layout,
-            recipe.codec,
-            sharded=recipe.basis.sharded(layout),
-        )
+    def _allocate(self, slot: Slot) -> None:
+        state: State = {"step": 0, "age": 1, "resets": 0}
+        recipe, layout = slot.recipe, slot.layout
+        recipe.basis.allocate(state, layout, recipe.basis_codec, slot.index)
+        self._allocate_moments(slot, state, all_of_them=True)
+        recipe.emit.allocate(state, layout)
+        slot.write_back.allocate(state, layout)
+        self.state[slot.parameter] = state
+
+    def _allocate_moments(self, slot: Slot, state: State, *, all_of_them: bool) -> None:
+        """Moments of zero; or only what the conditioner remembers."""
+        recipe, layout = slot.recipe, slot.layout
+        shape, cut = recipe.basis.shape(layout), recipe.basis.sharded(layout)
+        if all_of_them:
+            recipe.inner.allocate(state, shape, layout, recipe.codec, sharded=cut)
+        if recipe.conditioner is not None:
+            recipe.conditioner.allocate(state, shape, layout, recipe.codec, sharded=cut)
+
+    def _reset(self, slot: Slot) -> None:
+        state = self.state[slot.parameter]
+        self._allocate_moments(slot, state, all_of_them=True)
+        state["age"], state["resets"] = 0, int(state["resets"]) + 1
+        if isinstance(slot.recipe.basis, Mask):
+            slot.recipe.basis.redraw(state, slot.layout)
 
     def _update(self, slot: Slot) -> None:
-        assert slot.coordinates is not None
-        state, layout = self.state[slot.parameter], slot.layout
-        weights = layout.local(slot.parameter.detach())
-        if isinstance(slot.recipe.basis, Identity) and weights.ndim >= 2:
-            per_row = max(weights[:1].numel(), 1)
-            size = max(CHUNK // per_row, 1)
-            pieces = [slice(i, i + size) for i in range(0, weights.shape[0], size)]
-        else:
-            pieces = [ALL_ROWS]
-        for rows in pieces:
-            self._update_rows(slot, state, weights, rows)
-        state["step"] = int(state["step"]) + 1
-
-    def _update_rows(self, slot: Slot, state: State, weights: Tensor, rows: slice) -> None:
-        recipe, layout, t = slot.recipe, slot.layout, int(state["step"])
-        group = self._group_of[id(slot.parameter)]
-        lr, decay = float(group["lr"]), float(group["weight_decay"])
-        assert slot.coordinates is not None
-        coordinates = slot.coordinates if rows == ALL_ROWS else slot.coordinates[rows]
-        coordinates = coordinates.float()
-        if self._factor < 1:
-            coordinates = coordinates * self._factor
-        noise = self._noise(slot, coordinates, t, rows, recipe.basis.sharded(layout))
-        direction, size = recipe.inner.direction(state, coordinates, t, recipe.codec, rows, noise)
-        opened = slot.write_back.open(state, weights, rows)
-        if decay and not recipe.decay_last:
-            opened.mul_(1 - lr * decay)
-        gradient = None
-        if recipe.emit.needs_gradient:
-            gradient = self._gradient(slot).float()
-            gradient = gradient * self._factor if self._factor < 1 else gradient
-        recipe.emit.apply(
-            Step(
-                state=state,
-                layout=layout,
-                codec=recipe.basis_codec,
-                basis=recipe.basis,
-                weights=opened,
-                gradient=gradient,
-                coordinates=coordinates,
-                direction=direction,
-                factor=-lr * size,
-            )
+        group, state = self._group_of[id(slot.parameter)], self.state[slot.parameter]
+        lr, plan = float(group["lr"]), self.plan
+        age = int(state["age"])
+        if plan.warmup and int(state["resets"]) and age < plan.warmup:
+            lr *= 1 - 0.99 * (1 + math.cos(math.pi * age / (plan.warmup + 1))) / 2
+        context = Update(
+            slot=slot,
+            state=state,
+            lr=lr,
+            decay=float(group["lr"]) * float(group["weight_decay"]),
+            factor=self._factor,
+            seed=self.options.seed,
+            renew=self.renew,
         )
-        if decay and recipe.decay_last:
-            opened.mul_(1 - lr * decay)
-        noise = self._noise(slot, weights, t, rows, True)
-        slot.write_back.close(state, weights, opened, rows, noise)
+        update(context)
+        state["step"], state["age"] = int(state["step"]) + 1, age + 1
+        if plan.reset_every and not plan.restarts and (state["step"] + 1) % plan.reset_every == 0:
+            self._reset(slot)
 
-    def _noise(self, slot: Slot, local: Tensor, t: int, rows: slice, cut: bool) -> Noise:
-        """Noise for a tensor whose rows are the parameter's (`cut`), or all here."""
-        per_row = local[:1].numel() // max(local.shape[-1], 1) if local.ndim > 1 else 1
-        if not cut or local.ndim < 2:
-            count = local.numel() // max(local.shape[-1], 1) if local.ndim else 1
-            return slot.noise(self.options.seed, t, count, 0)
-        start = slot.layout.row_start + (rows.start or 0)
-        return slot.noise(self.options.seed, t, slot.layout.shape[0] * per_row, start * per_row)
+    def _rebalance(self) -> None:
+        for a, b in self._pairs:
+            whole = [s.layout.gather(s.layout.local(s.parameter.detach())) for s in (a, b)]
+            for slot, new in zip((a, b), rebalanced(*whole), strict=True):
+                state = self.state[slot.parameter]
+                slot.layout.local(slot.parameter.detach()).copy_(slot.layout.own_rows(new))
+                slot.write_back.allocate(state, slot.layout)
+                self._reset(slot)
+                state["step"] = 0
+
+    def _drawn(self) -> frozenset[str]:
+        if self.plan.sampler is None:
+            return frozenset()
+        scores = self.param_groups[0]["layer_scores"]
+        return self.plan.sampler.chosen(self.layers, scores, self.updates)
+
+    def _choose_layers(self) -> None:
+        """Draw layers, evict the states of the others, allocate those of new ones."""
+        self._active = self._drawn()
+        for slot in self.slots:
+            if not self.is_trained(slot):
+                self.state.pop(slot.parameter, None)
+            elif slot.parameter not in self.state:
+                self._allocate(slot)
 
 
-def method_id(name: str) -> int:
-    """The whole number that stands for a method in saved states."""
-    return zlib.crc32(name.encode())
-
-
-_NAMES: dict[int, str] = {}
-
-
-def method_named(number: object) -> str:
-    """The method that a saved number stands for."""
-    known = _NAMES.get(number) if isinstance(number, int) else None
-    return repr(known) if known else "an optimizer that is none of this package"
-
-
-def register_names(names: Iterable[str]) -> None:
-    """Let error texts name the methods."""
-    _NAMES.update({method_id(name): name for name in names})
+def _groups(slots: Sequence[Slot], options: Options, method: str) -> list[dict[str, Any]]:
+    """Parameters that decay, and those with fewer than two dimensions, which do not."""
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [s.parameter for s in slots if s.parameter.ndim >= 2],
+            "weight_decay": options.weight_decay,
+        },
+        {"params": [s.parameter for s in slots if s.parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    for group in groups:
+        group["lr"], group["updates"] = options.lr, 0
+        group["method"] = method_id(method)
+    return groups

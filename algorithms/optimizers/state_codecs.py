@@ -40,6 +40,8 @@ class Noise:
 
     def bits(self, shape: torch.Size, salt: int, device: torch.device) -> Tensor:
         """Uniform integers in [0, 2^16), int32, for the local rows: `shape`."""
+        if len(shape) == 1:  # every entry a row, as a cut vector has it
+            return self.bits(torch.Size((shape[0], 1)), salt, device).view(shape)
         source = generator(*self.key, salt)
         row = torch.randint(0, 1 << 31, (self.rows,), generator=source, dtype=torch.int64)
         column = torch.randint(0, 1 << 30, (shape[-1],), generator=source, dtype=torch.int64)
