@@ -30,7 +30,7 @@ class EngineLost(Exception):
 class EpisodeLimits:
     """Budgets of one episode; a budget that runs out truncates it, and it is still graded."""
 
-    max_turns: int
+    max_turns: int  # 0: the environment's own budget
     max_new_tokens: int  # per turn
     max_context: int  # tokens, prompt and completions together
     timeout_s: float  # whole episode; beyond it the episode is an infrastructure fault
@@ -161,7 +161,8 @@ async def _play(
     signals: Counter[str] = Counter()
     end_reason = EndReason.MAX_TURNS
     policy_fault = False
-    while progress.turns < limits.max_turns:
+    max_turns = limits.max_turns or env.spec.max_turns
+    while progress.turns < max_turns:
         prompt = transcript.prompt()
         room = limits.max_context - prompt.size
         if room < 1:
@@ -189,7 +190,7 @@ async def _play(
         if step.terminated:
             end_reason = EndReason.DONE
             break
-        if progress.turns >= limits.max_turns:
+        if progress.turns >= max_turns:
             break
         if step.observation.fresh:
             former.append(transcript.freeze())

@@ -60,6 +60,16 @@ def _limits(c: Config) -> Iterator[tuple[bool, str, str]]:
         f"2 or more: algorithm.advantage = {c.algorithm.advantage!r} compares rollouts of one task",
     )
     yield (
+        bool(c.environment.mix) == (c.environment.name == "mix"),
+        "environment.mix",
+        'two or more members where environment.name = "mix", and nothing elsewhere',
+    )
+    yield (
+        not (c.environment.mix and c.environment.options),
+        "environment.options",
+        "nothing with a mix: options belong to its members, environment.mix.<label>.options",
+    )
+    yield (
         c.trainer.minibatches <= rollouts,
         "trainer.minibatches",
         f"at most the {rollouts} rollouts of a step (rollout.group_size * rollout.groups_per_step)",

@@ -124,6 +124,21 @@ class EnvironmentConfig(_Table):
         3, ge=0, description="times an episode is played again after an infra fault"
     )
     seed: int = Field(0, ge=0, description="seed of the stream of training tasks")
+    mix: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description='members of name = "mix", by label: tables of environment, weight, options '
+        "and max_turns",
+    )
+    sampler: Literal["uniform", "pass_rate", "failure_variants"] = Field(
+        "uniform",
+        description="training tasks: the stream's own, those that succeed sometimes, or variants "
+        "of what fails",
+    )
+    sampler_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="of the sampler named above; and schedule.<value> = { start, end, steps, base "
+        "} for values that change in training, such as search's noise",
+    )
 
 
 class RolloutConfig(_Table):

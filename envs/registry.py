@@ -26,6 +26,7 @@ from loopwright.envs.protocol import Env, EnvError, TaskSource
 ENTRY_POINT_GROUP = "loopwright.environments"
 BUILT_IN: Mapping[str, str] = MappingProxyType(
     {
+        "mix": "loopwright.envs.mix:Mix",
         "officeworld": "loopwright.envs.officeworld:OfficeWorld",
         "reasoning_gym": "loopwright.envs.reasoning_gym:ReasoningGym",
         "search": "loopwright.envs.search:Search",

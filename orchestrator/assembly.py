@@ -1,5 +1,6 @@
 """From a configuration to living actors: one table says which process gets what."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from loopwright.orchestrator.cluster import Actor, Cluster, Needs, Placement, co
 from loopwright.orchestrator.faults import Refused, RestartBudget
 from loopwright.orchestrator.pool import Deadlines, FaultLimits, Pool
 from loopwright.orchestrator.recorder import Recorder
+from loopwright.orchestrator.samplers import Draws
+from loopwright.orchestrator.tasks import Played
 from loopwright.orchestrator.training import Training
 
 _WORKER_CPUS = 0.5  # an environment worker mostly waits for engines
@@ -55,7 +58,7 @@ def open_cluster(config: Config, recorder: Recorder) -> Cluster:
 def build_environment(config: Config) -> Env:
     """An environment in this process: the controller draws tasks from it and asks it for
     budgets. Raises `Refused` for one that does not load or cannot be constructed."""
-    name, options = config.environment.name, dict(config.environment.options)
+    name, options = config.environment.name, environment_options(config)
     try:
         return registry.load(name, options)
     except EnvError as error:
@@ -67,16 +70,36 @@ def build_environment(config: Config) -> Env:
         ) from error
 
 
-def episode_limits(config: Config, env: Env, *, evaluation: bool) -> EpisodeLimits:
+def environment_options(config: Config) -> dict[str, Any]:
+    """What the environment is constructed with, here and in every worker."""
+    e = config.environment
+    return {"members": e.mix} if e.mix else dict(e.options)
+
+
+def episode_limits(config: Config, *, evaluation: bool) -> EpisodeLimits:
     """Budgets of an episode in training or in evaluation."""
     e = config.environment
-    training_turns = e.max_turns or env.spec.max_turns
     return EpisodeLimits(
-        max_turns=(config.evaluation.max_turns or training_turns) if evaluation else training_turns,
+        max_turns=(evaluation and config.evaluation.max_turns) or e.max_turns,
         max_new_tokens=e.max_new_tokens,
         max_context=e.max_context,
         timeout_s=e.episode_timeout_s,
         temperature=config.evaluation.temperature if evaluation else config.rollout.temperature,
+    )
+
+
+def draws(config: Config, env: Env, played: Mapping[int, Played]) -> Draws:
+    """Who decides on training tasks. Raises `Refused` for options that no sampler takes."""
+    e, r = config.environment, config.rollout
+    return Draws(
+        env,
+        seed=e.seed,
+        sampler=e.sampler,
+        options=e.sampler_options,
+        steps=config.run.steps,
+        groups_per_step=r.groups_per_step,
+        max_lag=r.max_lag,
+        played=played,
     )
 
 
@@ -98,7 +121,7 @@ def spawn(cluster: Cluster, config: Config, model_path: str, recorder: Recorder)
     engines = [_spawn_engine(cluster, config, model_path, i) for i in range(config.rollout.engines)]
     settings = WorkerSettings(
         environment=config.environment.name,
-        options=config.environment.options,
+        options=environment_options(config),
         tokenizer_path=model_path,
     )
     workers = [

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from loopwright.actors.episode import EpisodeLimits
 from loopwright.algorithms.records import Outcome, Rollout
 from loopwright.envs.protocol import Task
+from loopwright.orchestrator.environment_metrics import environment_metrics
 from loopwright.orchestrator.faults import DeadlinePassed, RunError
 from loopwright.orchestrator.pool import Pool, episode_seed
 
@@ -56,7 +57,7 @@ async def evaluate(
 
 
 def summarise(rollouts: list[Rollout], *, faults: int) -> dict[str, float]:
-    """Means over scored rollouts, and success by scenario."""
+    """Means over scored rollouts, success by scenario, and everything by environment."""
     scenarios: dict[str, list[bool]] = defaultdict(list)
     for rollout in rollouts:
         scenarios[rollout.scenario].append(rollout.success)
@@ -68,4 +69,5 @@ def summarise(rollouts: list[Rollout], *, faults: int) -> dict[str, float]:
         "eval/generated_tokens_mean": sum(r.generated_tokens for r in rollouts) / count,
         "eval/infra_faults": float(faults),
         **{f"eval_scenario/{name}": sum(s) / len(s) for name, s in sorted(scenarios.items())},
+        **environment_metrics(rollouts, "eval_environment"),
     }

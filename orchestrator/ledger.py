@@ -16,7 +16,7 @@ import struct
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import msgpack
 
 from loopwright.algorithms.records import Outcome, Rollout, decode
 from loopwright.orchestrator.faults import RunError
+from loopwright.orchestrator.tasks import Played
 
 _HEADER = struct.Struct("<III")
 _HEADER_BODY = struct.Struct("<II")
@@ -44,6 +45,7 @@ class LedgerState:
     trained: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     checksums: dict[int, int] = field(default_factory=dict)  # version -> checksum of all weights
     voids: dict[int, str] = field(default_factory=dict)  # ticket -> why no group came of it
+    played: dict[int, Played] = field(default_factory=dict)  # ticket -> how its group went
     checkpoints: list[int] = field(default_factory=list)
     cut_bytes: int = 0  # torn tail that was removed
 
@@ -105,9 +107,12 @@ class Ledger:
         self._write({"kind": "rollout", "ticket": ticket, "attempt": rollout.attempt, "data": data})
         self.state.rollouts[ticket][rollout.attempt] = data
 
-    def group(self, ticket: int, task: bytes, void: str = "") -> None:
+    def group(self, ticket: int, task: bytes, void: str = "", played: Played | None = None) -> None:
         """The group of a ticket is finished (or void, and why); on disk when this returns."""
-        self._write({"kind": "group", "ticket": ticket, "task": task, "void": void})
+        record = {"kind": "group", "ticket": ticket, "task": task, "void": void}
+        self._write(record if played is None else {**record, "played": asdict(played)})
+        if played is not None:
+            self.state.played[ticket] = played
         if void:
             self.state.voids[ticket] = void
         self._sync()
@@ -186,6 +191,10 @@ def _apply(state: LedgerState, record: dict[str, Any], path: Path, offset: int) 
     if kind == "rollout":
         state.rollouts[record["ticket"]][record["attempt"]] = record["data"]
     elif kind == "group":
+        if played := record.get("played"):  # ledgers before samplers learned lack it
+            state.played[record["ticket"]] = Played(
+                task_id=played["task_id"], passed=tuple(played["passed"])
+            )
         if record["void"]:
             state.voids[record["ticket"]] = record["void"]
     elif kind == "step":

@@ -42,7 +42,7 @@ async def evaluate_target(target: str, config_path: str, overrides: Sequence[str
             metrics = await evaluate(
                 actors.pool,
                 tasks,
-                assembly.episode_limits(config, env, evaluation=True),
+                assembly.episode_limits(config, evaluation=True),
                 seed=config.evaluation.seed,
                 timeout_s=config.cluster.step_timeout_s,
                 progress=recorder.progress("evaluate"),

@@ -21,7 +21,7 @@ from loopwright.orchestrator.faults import RunError
 from loopwright.orchestrator.ledger import Ledger, LedgerError
 from loopwright.orchestrator.pool import Pool, episode_seed
 from loopwright.orchestrator.recorder import Recorder
-from loopwright.orchestrator.tasks import TaskStream
+from loopwright.orchestrator.tasks import Played, TaskStream
 from loopwright.orchestrator.training import Training
 
 
@@ -108,6 +108,7 @@ class Parts:
         on_record = self.ledger.state.rollouts.get(ticket, {})
         missing = [] if void else [k for k in range(self.group_size) if k not in on_record]
         rollouts: list[Rollout] = [decode(on_record[k]) for k in sorted(on_record) if not void]
+        broken: list[BaseException] = []
         if missing:
             played = await asyncio.gather(
                 *(self._play(task, ticket, k) for k in missing), return_exceptions=True
@@ -118,12 +119,16 @@ class Parts:
                     raise error
             rollouts += [p for p in played if isinstance(p, Rollout)]
             void = _why_void(rollouts, broken, smallest_group(self.advantage))
-            self.ledger.group(ticket, encode_task(task), void)
+        used = [] if void else [r for r in rollouts if r.outcome is not Outcome.INFRA_FAULT]
+        used.sort(key=lambda r: r.attempt)
+        if ticket not in self.ledger.state.played:
+            passed = tuple(r.success for r in used)
+            self.ledger.group(
+                ticket, encode_task(task), void, Played(task_id=task.id, passed=passed)
+            )
             if void:
                 kind = "task_quarantined" if broken else "group_void"
                 self.recorder.event(kind, task=task.id, why=void)
-        used = [] if void else [r for r in rollouts if r.outcome is not Outcome.INFRA_FAULT]
-        used.sort(key=lambda r: r.attempt)
         return Group(ticket=ticket, task_id=task.id, rollouts=tuple(used))
 
     async def _play(self, task: Task, ticket: int, attempt: int) -> Rollout:

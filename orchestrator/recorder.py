@@ -18,6 +18,7 @@ from loopwright.actors.weights import WeightManifest
 from loopwright.algorithms.batching import BatchReport
 from loopwright.algorithms.records import Group, Rollout
 from loopwright.orchestrator.buffer import GroupBuffer
+from loopwright.orchestrator.environment_metrics import environment_metrics
 from loopwright.orchestrator.pool import Pool
 
 
@@ -137,6 +138,7 @@ class Recorder:
             "fault/infra_total": float(pool.infra_faults),
             "fault/actors_lost_total": float(self._counts["event/actor_lost"]),
             "time/elapsed_s": self.elapsed_s(),
+            **environment_metrics(rollouts, "environment"),
             **self._engines(pool),
         }
         self._flush(step, metrics)

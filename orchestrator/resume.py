@@ -14,6 +14,9 @@ _FIXED = (
     "environment.name",
     "environment.options",
     "environment.seed",
+    "environment.mix",
+    "environment.sampler",
+    "environment.sampler_options",
     "rollout.groups_per_step",
     "rollout.max_lag",
 )

@@ -240,13 +240,18 @@ def _parts(
         eval_every=run_.eval_every,
         checkpoint_every=run_.checkpoint_every,
         keep_checkpoints=run_.keep_checkpoints,
-        limits=assembly.episode_limits(config, env, evaluation=False),
-        eval_limits=assembly.episode_limits(config, env, evaluation=True),
+        limits=assembly.episode_limits(config, evaluation=False),
+        eval_limits=assembly.episode_limits(config, evaluation=True),
         eval_tasks=TaskStream(source, "test", config.evaluation.seed).first(
             config.evaluation.tasks
         ),
         eval_seed=config.evaluation.seed,
-        stream=TaskStream(source, "train", config.environment.seed),
+        stream=TaskStream(
+            source,
+            "train",
+            config.environment.seed,
+            choose=assembly.draws(config, env, ledger.state.played),
+        ),
         buffer=buffer,
         pool=actors.pool,
         training=actors.training,

@@ -2,15 +2,34 @@
 the same ones."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from loopwright.envs.protocol import Task, TaskSource
 from loopwright.orchestrator.faults import RunError
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Played:
+    """What became of a ticket's group: its task, and which of its rollouts succeeded. On record,
+    it is what samplers decide by."""
+
+    task_id: str
+    passed: tuple[bool, ...]  # empty where no group came of the ticket
+
+
 class TaskStream:
     """Random access, by index, to the stream of one split; a finite source starts over."""
 
-    def __init__(self, source: TaskSource, split: str, seed: int) -> None:
+    def __init__(
+        self,
+        source: TaskSource,
+        split: str,
+        seed: int,
+        *,
+        choose: Callable[[int], Task] | None = None,
+    ) -> None:
+        """`choose(n)` decides task n where a sampler does, not the stream's own order."""
+        self._choose = choose
         self._restart: Callable[[], Iterator[Task]] = lambda: iter(source.tasks(split, seed))
         self._split = split
         self._tasks = self._restart()
@@ -20,7 +39,7 @@ class TaskStream:
     def __getitem__(self, index: int) -> Task:
         """Task number `index`. Earlier ones are kept, until `forget_before`."""
         while self._next <= index:
-            self._window[self._next] = self._draw()
+            self._window[self._next] = (self._choose or self._draw)(self._next)
             self._next += 1
         return self._window[index]
 
@@ -40,7 +59,7 @@ class TaskStream:
             tasks.append(task)
         return tasks
 
-    def _draw(self) -> Task:
+    def _draw(self, number: int) -> Task:
         task = next(self._tasks, None)
         if task is None:
             self._tasks = self._restart()
