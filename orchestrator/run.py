@@ -52,6 +52,7 @@ async def run(loaded: Loaded, *, resume: bool) -> Ended:
     run's folder."""
     config = loaded.config
     env = assembly.build_environment(config)
+    assembly.draws(config, env, {})  # refuses bad sampler options before anything is made
     folder = prepare_folder(loaded, resume)
     whole = checkpoints(folder) if resume else []
     state = read_run_state(whole[-1][1]) if whole else None

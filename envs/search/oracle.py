@@ -46,7 +46,7 @@ class Solver:
                     if spare > 0
                     else next((w for w in _wordings(query) if not noise(w)), query)
                 )
-                yield self._turn("search", worded, known)
+                yield self._turn("search", worded, [*known, f"{query} ?"])
                 found = fact is None or not self.simulated or _states(documents(), self.world, fact)
                 if spare <= 0:
                     break
@@ -58,7 +58,7 @@ class Solver:
             texts = [text for q in self.questions for text in q.titles or (q.text,)]
             return [(text, None) for text in texts[: self.turns - 1]]
         return [
-            (f"{self.world.subject_name(fact)} {fact.relation}", fact)
+            (f"{fact.relation} {self.world.subject_name(fact)}", fact)
             for q in self.questions
             for fact in q.facts
         ]
@@ -66,12 +66,15 @@ class Solver:
     def _learned(self, fact: Fact | None) -> str:
         if fact is None or self.world is None:
             return ""
-        return f"{self.world.subject_name(fact)} {fact.relation} {self.world.object_name(fact)}"
+        return f"{fact.relation} {self.world.subject_name(fact)} = {self.world.object_name(fact)}"
 
     def _turn(self, kind: Literal["search", "answer"], text: str, known: Sequence[str]) -> str:
-        """In constant-memory mode the state is all that is known; else only the newest fact."""
+        """The state of constant memory is all that is known and what is asked for; thoughts are the
+        newest of it."""
         facts = [k for k in known if k]
-        thoughts = " ; ".join(facts) if self.constant else (facts[-1] if facts else "")
+        thoughts = " ; ".join(
+            facts if self.constant else facts[-2:] if kind == "search" else facts[-1:]
+        )
         act = Act(kind=kind, text=text, thoughts=thoughts)
         return render_turn(act, "state" if self.constant else "think")
 

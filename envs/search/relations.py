@@ -58,7 +58,7 @@ def _compact(name: str) -> Relation:
         object="person",
         phrase=f"{name} of {{x}}",
         words=(name,),
-        sentences=(f"{{s}} {name} {{o}}",),
+        sentences=(f"{name} {{s}} = {{o}}",),
     )
 
 
