@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
@@ -39,6 +40,7 @@ class MemoryMeter(TorchDispatchMode):
         self._living: dict[int, int] = {}  # address of the storage -> its number in the ledger
         self._references: dict[int, weakref.ref[Any]] = {}
         self._trained: set[tuple[int, ...]] = set()
+        self.failed_on = ""  # class of what an operator that raised was to make
 
     def hold(self, kind: str, tensors: Iterable[Tensor]) -> None:
         """Enter tensors that exist before the measurement, of class `kind`."""
@@ -65,11 +67,6 @@ class MemoryMeter(TorchDispatchMode):
             yield
         finally:
             self._phase = before
-
-    @property
-    def doing(self) -> str:
-        """The phase the meter is in: where an out-of-memory happened."""
-        return self._phase
 
     def peak(self) -> MemoryTable:
         """The classes at the moment when their sum was largest."""
@@ -100,11 +97,23 @@ class MemoryMeter(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Run the operator and enter what it returns."""
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and not _wraps(tensor):
-                self._enter(tensor, self._guess(tensor))
+        try:
+            out = func(*args, **(kwargs or {}))
+        except RuntimeError:
+            self.failed_on = self._kind_of_result(func, args, kwargs or {})
+            raise
+        for tensor in _tensors(out):
+            self._enter(tensor, self._guess(tensor))
         return out
+
+    def _kind_of_result(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> str:
+        """What an operator would have made, by the shape of its result."""
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                made = _tensors(func(*args, **kwargs))
+        except Exception:  # noqa: BLE001 the error that matters is the operator's own
+            made = []
+        return self._guess(max(made, key=lambda t: t.nbytes)) if made else "activations"
 
     def _guess(self, tensor: Tensor) -> str:
         if self._phase == "optimizer":
@@ -137,6 +146,10 @@ class MemoryMeter(TorchDispatchMode):
         number = self._living.get(gradient.untyped_storage()._cdata)
         if number is not None:
             self._class[number] = "gradients"
+
+
+def _tensors(found: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(found) if isinstance(t, Tensor) and not _wraps(t)]
 
 
 def _wraps(tensor: Any) -> bool:

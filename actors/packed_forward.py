@@ -8,10 +8,12 @@ a time, never for the whole micro-batch (chunked_logprobs.py).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -158,7 +160,7 @@ def action_logprobs(
     """
     picked = action_states(model, micro)
     head = model.get_output_embeddings()
-    if type(head) is nn.Linear and type(head.weight) is nn.Parameter:
+    if type(head) is nn.Linear and not _sharded(head.weight):
         return chunked_logprobs(picked, head, micro.targets, temperature=temperature, chunk=chunk)
     # A layer with an adapter or a sharded weight is only known as a module that can be called.
     if len(picked) <= chunk:
@@ -183,6 +185,11 @@ def action_states(model: PreTrainedModel, micro: MicroBatch) -> Tensor:
         use_cache=False,
     ).last_hidden_state
     return hidden.reshape(-1, hidden.shape[-1])[micro.predictors]
+
+
+def _sharded(weight: Any) -> bool:
+    """Is it a DTensor or another shell around tensors?"""
+    return bool(is_traceable_wrapper_subclass(weight))
 
 
 def _chosen(hidden: Tensor, targets: Tensor, head: nn.Module, temperature: float) -> Tensor:

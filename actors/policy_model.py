@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 from loopwright.actors import published
 from loopwright.actors.allocator import keep_freed_memory
-from loopwright.actors.model_files import load_model, refuse_dropout
+from loopwright.actors.model_files import load_model
 from loopwright.actors.packed_forward import MicroBatch, action_logprobs, action_states, check_model
 from loopwright.actors.published import Published
+from loopwright.actors.recompute import keep_less
 from loopwright.actors.trainer_backend import TrainerSettings
 
 
@@ -37,11 +38,7 @@ def load_policy(settings: TrainerSettings, *, device: str) -> Policy:
     torch.manual_seed(settings.seed)
     model = load_model(settings.model_path, dtype=settings.dtype, device=device)
     check_model(model)
-    if settings.gradient_checkpointing:
-        # Hugging Face recomputes in training mode only.
-        refuse_dropout(model.config.to_dict())
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()
+    keep_less(model, settings.gradient_checkpointing)
     adapters: dict[str, nn.Module] = {}
     if settings.lora_rank:
         from loopwright.actors.lora import adapted_layers, add_adapters

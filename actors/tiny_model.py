@@ -73,19 +73,48 @@ def build_tiny_policy(
     than `vocab_size` if they hold fewer distinct pieces. Raises `TinyModelError` for sizes that do
     not divide.
     """
+    config = tiny_config(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        intermediate_size=intermediate_size,
+        max_context=max_context,
+    )
+    folder = Path(out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(texts, vocab_size=vocab_size)
+    tokenizer.model_max_length = max_context
+    tokenizer.save_pretrained(folder)
+    config.vocab_size = len(tokenizer)
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(config)
+    model.save_pretrained(folder)
+    return folder
+
+
+def tiny_config(
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    intermediate_size: int,
+    max_context: int,
+) -> Qwen3Config:
+    """The shape of the tiny policy. Raises `TinyModelError` for sizes that do not divide."""
     if hidden_size % heads or heads % kv_heads or (hidden_size // heads) % 2:
         raise TinyModelError(
             f"hidden_size={hidden_size}, heads={heads}, kv_heads={kv_heads}: heads must divide "
             "hidden_size into even "
             "parts, and kv_heads must divide heads"
         )
-    folder = Path(out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(texts, vocab_size=vocab_size)
-    tokenizer.model_max_length = max_context
-    tokenizer.save_pretrained(folder)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
+    return Qwen3Config(
+        vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         num_hidden_layers=layers,
@@ -97,15 +126,8 @@ def build_tiny_policy(
         rope_parameters={"rope_type": "default", "rope_theta": _ROPE_THETA},
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(config)
-    model.save_pretrained(folder)
-    return folder
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:

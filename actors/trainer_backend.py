@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from torch import Tensor
@@ -24,6 +24,7 @@ from loopwright.actors.critic import Critic
 from loopwright.actors.objective import LossSettings
 from loopwright.actors.packed_forward import MicroBatch, Sequences
 from loopwright.actors.ranks import Ranks
+from loopwright.actors.recompute import Checkpointing
 from loopwright.algorithms.records import TrainBatch
 
 Read = Callable[[str, slice | None], Tensor]  # a whole tensor by name, or some rows of it
@@ -61,7 +62,7 @@ class TrainerSettings:
     pack: bool = (
         False  # several sequences a row: for devices on which padding costs more than masks
     )
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Checkpointing = "off"
     logprob_chunk: int = 2048
     temperature: float = 1.0
     proximal: Literal["behavior", "recomputed", "loglinear"] = "recomputed"
@@ -84,6 +85,7 @@ class TrainerSettings:
         known = {
             "proximal": ("behavior", "recomputed", "loglinear"),
             "schedule": ("constant", "linear", "cosine"),
+            "gradient_checkpointing": get_args(Checkpointing),
         }
         for name, values in known.items():
             if getattr(self, name) not in values:

@@ -130,6 +130,15 @@ def _limits(c: Config) -> Iterator[tuple[bool, str, str]]:
     )
 
 
+def _device_limits(c: Config) -> Iterator[tuple[bool, str, str]]:
+    """As `_limits`, of what a device bounds."""
+    yield (
+        c.trainer.gradient_checkpointing != "offload" or c.model.device != "cpu",
+        "trainer.gradient_checkpointing",
+        '"on" or "off": with model.device = "cpu" activations are in host memory already',
+    )
+
+
 def _unused(c: Config) -> Iterator[tuple[bool, str, tuple[str, ...]]]:
     """(is in use, the setting that decides it, the keys that then have no effect) within one
     topic."""
@@ -197,7 +206,7 @@ def contradictions(config: Config) -> list[Problem]:
     """Everything about `config` that cannot hold together, or was set and is not used."""
     problems = [
         Problem(key=key, value=value_at(config, key), expected=expected)
-        for holds, key, expected in _limits(config)
+        for holds, key, expected in (*_limits(config), *_device_limits(config))
         if not holds
     ]
     for in_use, because, keys in _unused(config):

@@ -291,7 +291,10 @@ class TrainerConfig(_Table):
     epochs: int = Field(1, ge=1, description="passes over one step's batch")
     minibatches: int = Field(4, ge=1, description="optimizer steps per pass")
     token_budget: int = Field(4096, ge=16, description="tokens of one micro-batch")
-    gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
+    gradient_checkpointing: Literal["off", "on", "offload"] = Field(
+        "off",
+        description="keep a layer's input and recompute the rest; offload: keep it in host memory",
+    )
     logprob_chunk: int = Field(
         2048, ge=1, description="tokens whose logits exist at the same time in the trainer"
     )

@@ -9,6 +9,7 @@ import asyncio
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 from loopwright.configs.load import ConfigError, Loaded, load, render
 from loopwright.envs.protocol import EnvError
@@ -97,36 +98,30 @@ def build_parser() -> argparse.ArgumentParser:
     _configured(config)
     config.add_argument("--explain", action="store_true", help="add each key's meaning")
 
-    from loopwright.orchestrator import envs_command
-
-    envs_command.add_arguments(
-        commands.add_parser(
-            "envs",
-            help="list, describe and play environments",
-            description=envs_command.ABOUT,
-            formatter_class=raw,
-        )
-    )
-    from loopwright.orchestrator import ledger_command, submit
-
-    job = commands.add_parser(
-        "submit",
-        help="run on a Ray cluster, as a job",
-        description=submit.ABOUT,
-        formatter_class=raw,
-    )
-    _configured(job)
-    submit.add_arguments(job)
-    ledger_command.add_arguments(
-        commands.add_parser(
-            "ledger",
-            help="verify, summarise and export a run's ledger",
-            description=ledger_command.ABOUT,
-            formatter_class=raw,
-        )
-    )
+    _add_modules(commands)
     commands.add_parser("doctor", help="what is installed and what works on this machine")
     return parser
+
+
+def _add_modules(commands: Any) -> None:
+    """The commands that have a module of their own."""
+    from loopwright.orchestrator import envs_command, ledger_command, plan_command, submit
+
+    for name, module, configured, help_text in (
+        ("envs", envs_command, False, "list, describe and play environments"),
+        ("plan", plan_command, True, "memory and time of a configuration, before it is started"),
+        ("submit", submit, True, "run on a Ray cluster, as a job"),
+        ("ledger", ledger_command, False, "verify, summarise and export a run's ledger"),
+    ):
+        parser = commands.add_parser(
+            name,
+            help=help_text,
+            description=module.ABOUT,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if configured:
+            _configured(parser)
+        module.add_arguments(parser)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -216,6 +211,12 @@ def _ledger(arguments: argparse.Namespace) -> int:
     return ledger_command.execute(arguments)
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    from loopwright.orchestrator import plan_command
+
+    return plan_command.execute(arguments)
+
+
 def _doctor(_: argparse.Namespace) -> int:
     from loopwright.orchestrator import doctor
 
@@ -230,5 +231,6 @@ _COMMANDS = {
     "envs": _envs,
     "ledger": _ledger,
     "submit": _submit,
+    "plan": _plan,
     "doctor": _doctor,
 }

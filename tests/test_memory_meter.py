@@ -117,7 +117,6 @@ def test_classes_of_a_layer_written_out() -> None:
     assert rows + 2 * outputs <= largest.activations <= rows + 4 * outputs + 16
     assert largest.logits == 0
     assert meter.peak().total <= largest.total
-    assert meter.doing == "forward"
 
 
 def test_what_is_freed_before_the_peak_is_not_in_it() -> None:
@@ -135,3 +134,13 @@ def test_it_leaves_no_hook_behind(model: PreTrainedModel) -> None:
     _metered(model, _micro([9]))
     model.zero_grad(set_to_none=True)
     assert not [n for n, p in model.named_parameters() if p._backward_hooks]
+
+
+def test_an_operator_that_fails_is_named_by_what_it_was_to_make() -> None:
+    meter = MemoryMeter(vocab=VOCAB)
+    with pytest.raises(RuntimeError, match="allocate"), meter:
+        torch.ones(1 << 45, 1).expand(-1, VOCAB).clone()
+    assert meter.failed_on == "activations"
+    with pytest.raises(RuntimeError, match="allocate"), meter:
+        torch.ones(1, 1).expand(1 << 45, VOCAB).clone()
+    assert meter.failed_on == "logits"
