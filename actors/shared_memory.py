@@ -34,6 +34,7 @@ from loopwright.actors.weights import (
     WeightError,
     WeightManifest,
     aligned,
+    checksum,
     copy_and_checksum,
     dtype_name,
     owners,
@@ -107,8 +108,53 @@ def unlink_stale(name: str = "", *, keep: str = "") -> list[str]:
     return removed
 
 
+class Segment:
+    """A segment that is written once."""
+
+    def __init__(self, name: str, size_bytes: int) -> None:
+        """Allocate it under a lock that the kernel drops when this process ends."""
+        self.name = name
+        self._file = _allocate(name, size_bytes)
+
+    @classmethod
+    def holding(cls, run_name: str, flat: "torch.Tensor") -> "Segment":
+        """A new segment of the run that holds `flat` [bytes] uint8."""
+        segment = cls(new_segment_name(run_name), len(flat))
+        buffer = np.frombuffer(mmap.mmap(segment._file, len(flat)), dtype=np.uint8)
+        buffer[:] = flat.numpy()
+        return segment
+
+    def close(self) -> None:
+        """Unlink it; engines that map it keep what they map. Idempotent."""
+        if self._file >= 0:
+            (SEGMENT_FOLDER / self.name).unlink(missing_ok=True)
+            os.close(self._file)
+            self._file = -1
+
+
+def read_segment(name: str, size_bytes: int) -> "torch.Tensor":
+    """The first `size_bytes` of a segment [size_bytes] uint8, mapped. Raises `WeightError` if it is
+    gone or shorter."""
+    import torch
+
+    path = SEGMENT_FOLDER / name
+    try:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), size_bytes, access=mmap.ACCESS_COPY)
+    except (FileNotFoundError, ValueError) as error:
+        raise WeightError(
+            f"no shared memory segment {path} of {size_bytes:,} bytes ({error}). The trainer that "
+            f"wrote it has ended, or runs on another host; publish again"
+        ) from error
+    return torch.from_numpy(np.frombuffer(mapped, dtype=np.uint8))
+
+
 class SharedWeights:
-    """The writer: one segment with two slots, allocated once, written in turn."""
+    """The writer: one segment with two slots, allocated once, written in turn.
+
+    With one slot (`in_place`) the segment is where the trainer's own parameters live (`views`):
+    nothing is copied, and engines must not generate while they are trained.
+    """
 
     def __init__(
         self,
@@ -117,6 +163,7 @@ class SharedWeights:
         names: Mapping[str, str],
         tensors: Mapping[str, "torch.Tensor"],
         dtype: "torch.dtype | None",
+        slots: int,
     ) -> None:
         """Called by `create`. `names` maps each name to the one whose bytes it shares."""
         self.segment = segment
@@ -132,8 +179,8 @@ class SharedWeights:
                 end += aligned(tensors[name].numel() * self._dtypes[name].itemsize)
         self.size_bytes = aligned(max(end, 1), mmap.PAGESIZE)
         self._next_slot = 0
-        self._file = _allocate(segment, 2 * self.size_bytes)
-        self._buffer = np.frombuffer(mmap.mmap(self._file, 2 * self.size_bytes), dtype=np.uint8)
+        self._file = _allocate(segment, slots * self.size_bytes)
+        self._buffer = np.frombuffer(mmap.mmap(self._file, slots * self.size_bytes), dtype=np.uint8)
         self._closed = False
 
     @classmethod
@@ -144,16 +191,33 @@ class SharedWeights:
         *,
         kind: Kind = "full",
         dtype: "torch.dtype | None" = None,
+        in_place: bool = False,
     ) -> "SharedWeights":
         """Allocate a new segment laid out for `tensors` (their values are not written yet).
 
         The segment's name is unique to this writer, so readers of a former one are never disturbed.
         `dtype` is what floating-point tensors are stored as (None: as they are). Raises
-        `WeightError` if `/dev/shm` has too little room for both slots.
+        `WeightError` if `/dev/shm` has too little room for both slots. `in_place`: one slot alone.
         """
         if not tensors:
             raise WeightError(f"SharedWeights {name!r}: no tensors to lay out")
-        return cls(new_segment_name(name), kind, owners(tensors), tensors, dtype)
+        slots = 1 if in_place else 2
+        return cls(new_segment_name(name), kind, owners(tensors), tensors, dtype, slots)
+
+    def views(self) -> dict[str, "torch.Tensor"]:
+        """The tensors of the first slot where they lie, to write to; tied ones share bytes."""
+        return {
+            name: view_at(
+                self._buffer, shape, dtype_name(self._dtypes[name]),
+                self._offsets[self._owner[name]], name,
+            )
+            for name, shape in self._shapes.items()
+        }  # fmt: skip
+
+    def published(self, version: int) -> WeightManifest:
+        """The manifest of what lies in the first slot now (`in_place`): read once, not copied."""
+        views = self.views()
+        return self._manifest(version, 0, {name: checksum(views[name]) for name in self._offsets})
 
     def write(self, version: int, tensors: Mapping[str, "torch.Tensor"]) -> WeightManifest:
         """Copy `tensors` into a slot that nobody maps and return the manifest that publishes them.
@@ -205,6 +269,9 @@ class SharedWeights:
                 view = view_at(self._buffer, self._shapes[owner], dtype, offset, name)
                 checksums[owner] = copy_and_checksum(view, bucket[name])
         refuse_missing(f"SharedWeights {self.segment}", self._owner, came)
+        return self._manifest(version, base, checksums)
+
+    def _manifest(self, version: int, base: int, checksums: Mapping[str, int]) -> WeightManifest:
         names = tuple(self._owner)
         return WeightManifest(
             version=version,
@@ -239,9 +306,9 @@ def _allocate(segment: str, size_bytes: int) -> int:
     free_bytes = room.f_bavail * room.f_frsize
     if size_bytes + _RESERVE_BYTES > free_bytes:
         raise WeightError(
-            f"shared memory for the weights: two slots take {size_bytes:,} bytes, {SEGMENT_FOLDER} "
-            f"has {free_bytes:,} free. Enlarge it (docker: --shm-size), remove stale "
-            f"{SEGMENT_PREFIX}* files there, or publish in a smaller dtype"
+            f"shared memory for the weights: {size_bytes:,} bytes are needed, "
+            f"{SEGMENT_FOLDER} has {free_bytes:,} free. Enlarge it (docker: --shm-size), remove "
+            f"stale {SEGMENT_PREFIX}* files there, or publish in a smaller dtype"
         )
     path = SEGMENT_FOLDER / segment
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)

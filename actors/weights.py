@@ -52,11 +52,18 @@ class WeightManifest:
     size_bytes: int  # that travel: of one slot, or of everything that encodes the change
     carrier: Carrier = "shared_memory"
     base_version: int = -1  # delta, lowrank: the version they change
+    code_sizes: tuple[int, ...] = ()  # delta, lowrank: bytes that encode each tensor's change
+    code_checksums: tuple[int, ...] = ()  # and their xxh3_64
     scale: float = 0.0  # adapter: W = base + scale * B A
     base: bytes = b""  # adapter: the encoded manifest of the weights below it
     receivers: int = 1  # collective: how many take part beside the trainer
-    bucket_bytes: int = 0  # collective: bytes of one message
+    bucket_bytes: int = 0  # of one message; 0: engines read the tensors where they lie
     timeout_s: float = 60.0  # collective: for each wait
+
+    @property
+    def in_place(self) -> bool:
+        """Whether engines serve from the trainer's shared memory itself."""
+        return self.carrier == "shared_memory" and self.bucket_bytes == 0
 
     @property
     def lasting(self) -> bool:
