@@ -15,7 +15,7 @@ import torch
 
 from loopwright.actors.engine import Completion, EngineError, FinishReason, GenerateRequest
 from loopwright.actors.kv_slots import KeptPrefix, KVSlots, PrefixCache, shared_length
-from loopwright.actors.torch_model import LeanModel, Segment, StepInput
+from loopwright.actors.torch_model import Adapter, LeanModel, Segment, StepInput
 
 _KEY_TOKENS = 16  # prompts alike in their first tokens are looked at for a shared prefix
 _WORTH_WAITING = 32  # shared tokens for which a prompt waits one step for a neighbour's KV
@@ -122,12 +122,34 @@ class DecodeBatch:
         sequence = self.running.get(request_id)
         return None if sequence is None else self._end(sequence, FinishReason.CANCELLED)
 
-    def install(self, weights: dict[str, torch.Tensor], version: int) -> None:
-        """Serve from other weights. Running sequences keep their KV; nobody else ever sees it."""
-        self._model.install(weights)
+    def install(
+        self,
+        weights: dict[str, torch.Tensor],
+        version: int,
+        *,
+        adapter: Adapter | None = None,
+        recompute: bool = False,
+    ) -> None:
+        """Serve from other weights. Running sequences keep their KV, which nobody else ever sees;
+        with `recompute` the next step computes it anew from their tokens."""
+        self._model.install(weights, adapter)
         self.version = version
         self._prefixes.clear()
         self._leaders.clear()
+        if recompute:
+            self._drop_kv()
+
+    def _drop_kv(self) -> None:
+        """Prefill every running sequence again, all but the token that is decoded next."""
+        self._segments = []
+        for sequence in self.running.values():
+            row = sequence.row
+            sequence.version, sequence.ready = self.version, False
+            todo = int(self._lengths[row])
+            self._segments.append((Segment(slot=row, start=0, length=todo), sequence))
+            self.prefill_tokens += todo
+            for key in _keys(sequence.request.prompt_ids):
+                self._leaders[key] = sequence
 
     def step(self) -> list[Ended]:
         """One forward pass and one token for every running sequence; returns those that ended."""
@@ -169,7 +191,7 @@ class DecodeBatch:
         slots = [np.arange(rows)]
         for segment, sequence in segments:
             end = segment.start + segment.length
-            tokens.append(sequence.request.prompt_ids[segment.start : end].astype(np.int64))
+            tokens.append(self._tokens_of(sequence)[segment.start : end].astype(np.int64))
             positions.append(np.arange(segment.start, end))
             slots.append(np.full(segment.length, segment.slot))
         return StepInput(
@@ -179,6 +201,12 @@ class DecodeBatch:
             decoded=rows,
             segments=[segment for segment, _ in segments],
         )
+
+    def _tokens_of(self, sequence: Sequence) -> np.ndarray:
+        """Prompt and what was generated so far [n] int32."""
+        row = sequence.row
+        generated = self._tokens[row, : self._generated[row]]
+        return np.concatenate((sequence.request.prompt_ids, generated))
 
     def _record(self, tokens: np.ndarray, logprobs: np.ndarray) -> list[Ended]:
         """Book one token per row and take out the sequences that it ends."""

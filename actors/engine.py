@@ -14,7 +14,7 @@ import numpy as np
 
 from loopwright.actors.weights import WeightManifest
 
-OnUpdate = Literal["continue", "finish"]
+OnUpdate = Literal["continue", "recompute", "finish"]
 
 
 class EngineError(Exception):
@@ -112,9 +112,10 @@ class Engine(Protocol):
 
     async def update_weights(self, manifest: WeightManifest, on_update: OnUpdate) -> UpdateReport:
         """Take the published weights. `continue`: running sequences go on under them, their KV
-        kept; `finish`: running requests finish under the old ones first. Either way no later
-        request is served from KV of an older version. Raises `EngineError` naming the tensors whose
-        checksum does not match."""
+        kept; `recompute`: they go on, their KV computed anew under them; `finish`: they finish
+        under the old ones first. Whichever, no later request is served from KV of an older version.
+        Raises `EngineError` naming the tensors whose checksum does not match, and `ChannelLost`
+        where the weights did not arrive; the former version then goes on being served."""
         ...
 
     async def probe(self, token_ids: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ from loopwright.actors.engine import (
     GenerateRequest,
     OnUpdate,
 )
+from loopwright.actors.torch_model import Adapter
 
 _PREFILL_TOKENS = 2048  # prompt tokens a step takes in at most, unless one prompt alone is longer
 
@@ -64,6 +65,7 @@ class Update:
     version: int
     on_update: OnUpdate
     future: "asyncio.Future[float]"
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +204,12 @@ class EngineThread(threading.Thread):
             if update.on_update == "finish" and self.batch.running:
                 return  # nothing is admitted until they are done
             began = time.perf_counter()
-            self.batch.install(update.weights, update.version)
+            self.batch.install(
+                update.weights,
+                update.version,
+                adapter=update.adapter,
+                recompute=update.on_update == "recompute",
+            )
             self._outbox.append((update.future, time.perf_counter() - began))
             self._updates.pop(0)
 

@@ -15,11 +15,11 @@ Runs on the CPU; `device = "cuda"` goes through the same code, untested on a GPU
 import asyncio
 import queue
 import time
-from collections.abc import Mapping
 
 import numpy as np
 import torch
 
+from loopwright.actors.channels.receiver import Received, Receiver
 from loopwright.actors.decode_batch import DecodeBatch
 from loopwright.actors.engine import (
     Completion,
@@ -41,9 +41,8 @@ from loopwright.actors.engine_thread import (
     deliver,
     drain,
 )
-from loopwright.actors.shared_memory import attach
-from loopwright.actors.torch_model import LeanModel, load_model
-from loopwright.actors.weights import WeightError, WeightManifest, manifest_checksums, verify
+from loopwright.actors.torch_model import Adapter, LeanModel, load_model
+from loopwright.actors.weights import ChannelLost, WeightError, WeightManifest
 
 
 class TorchEngine:
@@ -55,6 +54,8 @@ class TorchEngine:
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._thread: EngineThread | None = None
         self._model: LeanModel | None = None
+        self._receiver = Receiver(settings.device)
+        self._updating = asyncio.Lock()
 
     async def start(self) -> None:
         """Load the model and start the engine thread. Raises `EngineError` for what it cannot
@@ -112,13 +113,15 @@ class TorchEngine:
         """
         began = time.perf_counter()
         self._running_thread()
-        weights, checksums = await asyncio.to_thread(self._prepare, manifest)
-        future: asyncio.Future[float] = asyncio.get_running_loop().create_future()
-        self._put(Update(weights, manifest.version, on_update, future))
-        pause_s = await future
+        async with self._updating:
+            received, weights, adapter = await asyncio.to_thread(self._prepare, manifest)
+            future: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+            self._put(Update(weights, manifest.version, on_update, future, adapter))
+            pause_s = await future
+            self._receiver.serving(received)
         return UpdateReport(
             version=manifest.version,
-            checksums=checksums,
+            checksums=received.checksums,
             pause_s=pause_s,
             seconds=time.perf_counter() - began,
         )
@@ -146,6 +149,7 @@ class TorchEngine:
         if thread is not None:
             self._inbox.put(Stop())
             await asyncio.to_thread(thread.join)
+        self._receiver.close()
 
     def _put(self, command: Command) -> None:
         """Hand a command to the thread; if it ended meanwhile, fail what it will no longer read."""
@@ -201,24 +205,18 @@ class TorchEngine:
 
     def _prepare(
         self, manifest: WeightManifest
-    ) -> tuple[dict[str, torch.Tensor], Mapping[str, int]]:
-        """Tensors to serve from, and their checksums."""
-        assert self._model is not None  # _running_thread has seen it
-        if manifest.kind != "full":
-            raise EngineError(
-                f"version {manifest.version}: the torch engine takes full weights, not an "
-                f"{manifest.kind}; merge the adapter before publishing"
-            )
-        tensors: dict[str, torch.Tensor] = {}
+    ) -> tuple[Received, dict[str, torch.Tensor], Adapter | None]:
+        """What was received, and the tensors to serve from."""
+        model = self._model
+        assert model is not None  # _running_thread has seen it
         refused = ""
         try:
-            tensors = attach(manifest)
-            checksums = verify(tensors, manifest_checksums(manifest))
+            received = self._receiver.receive(manifest)
+        except ChannelLost:
+            raise
         except WeightError as error:
             refused = str(error)
-        if (
-            refused
-        ):  # outside the handler, and without the views: an error must not keep a slot mapped
-            tensors.clear()
+        if refused:  # outside the handler: an error must not keep a slot mapped
             raise EngineError(f"version {manifest.version} refused: {refused}")
-        return self._model.prepare(tensors), checksums
+        weights = model.prepare(received.weights)
+        return received, weights, model.prepare_adapter(received.adapter, received.scale)

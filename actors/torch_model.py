@@ -50,27 +50,45 @@ class StepInput:
 
 
 @dataclass(frozen=True, slots=True)
+class Adapter:
+    """LoRA's factors of the adapted layers: W = base + scale * B A (Hu et al. 2021)."""
+
+    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # A [r, in], B [out, r]
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Linear:
+    """x W^T + bias, and what an adapter adds; the base is never changed, so others may map it."""
+
+    weight: torch.Tensor  # [out, in]
+    bias: torch.Tensor | None
+    factors: tuple[torch.Tensor, torch.Tensor] | None
+    scale: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        out = functional.linear(x, self.weight, self.bias)
+        if self.factors is not None:
+            down, up = self.factors
+            out = out.add_(functional.linear(functional.linear(x, down), up), alpha=self.scale)
+        return out
+
+
+@dataclass(frozen=True, slots=True)
 class _Layer:
-    """The tensors of one decoder layer; None where the architecture has none."""
+    """One decoder layer; None where the architecture has none."""
 
     input_norm: torch.Tensor  # [hidden]
-    q: torch.Tensor  # [heads * head_dim, hidden]
-    k: torch.Tensor
-    v: torch.Tensor
-    o: torch.Tensor
-    q_bias: torch.Tensor | None
-    k_bias: torch.Tensor | None
-    v_bias: torch.Tensor | None
-    o_bias: torch.Tensor | None
+    q: _Linear  # [heads * head_dim, hidden]
+    k: _Linear
+    v: _Linear
+    o: _Linear
     q_norm: torch.Tensor | None  # [head_dim]
     k_norm: torch.Tensor | None
     mlp_norm: torch.Tensor
-    gate: torch.Tensor  # [intermediate, hidden]
-    up: torch.Tensor
-    down: torch.Tensor
-    gate_bias: torch.Tensor | None
-    up_bias: torch.Tensor | None
-    down_bias: torch.Tensor | None
+    gate: _Linear  # [intermediate, hidden]
+    up: _Linear
+    down: _Linear
 
 
 class LeanModel:
@@ -137,12 +155,45 @@ class LeanModel:
             for name, tensor in given.items()
         }
 
-    def install(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Serve from `weights`, which `prepare` returned. Nothing is copied."""
+    def prepare_adapter(self, tensors: Mapping[str, torch.Tensor], scale: float) -> Adapter | None:
+        """The factors out of `layer.lora_A.weight` and `layer.lora_B.weight`; None for no tensors.
+
+        Raises `EngineError` naming what is no adapter of a linear layer of this model.
+        """
+        factors: dict[str, list[torch.Tensor | None]] = {}
+        wrong = []
+        for name, tensor in tensors.items():
+            layer, _, factor = name.removesuffix(".weight").rpartition(".")
+            rank_at = {"lora_A": 0, "lora_B": 1}.get(factor)
+            base = self._shapes.get(f"{layer}.weight", ())
+            fits = rank_at is not None and layer.startswith("model.layers.") and len(base) == 2
+            if rank_at is None or not fits or tensor.shape[1 - rank_at] != base[1 - rank_at]:
+                wrong.append(name)
+                continue
+            moved = tensor.to(device=self.kv_shape.device, dtype=self.kv_shape.dtype)
+            factors.setdefault(layer, [None, None])[rank_at] = moved
+        wrong += [layer for layer, pair in factors.items() if None in pair]
+        if wrong:
+            raise EngineError(
+                f"adapter for this model: {len(wrong)} names do not fit: "
+                f"{', '.join(wrong[:_NAMED])}{' …' if len(wrong) > _NAMED else ''}. The torch "
+                f'engine adds LoRA to linear layers; set rollout.channel = "shared_memory" for '
+                f"merged weights"
+            )
+        if not factors:
+            return None
+        pairs: dict[str, Any] = {layer: (pair[0], pair[1]) for layer, pair in factors.items()}
+        return Adapter(pairs, scale)
+
+    def install(self, weights: Mapping[str, torch.Tensor], adapter: Adapter | None = None) -> None:
+        """Serve from `weights` and `adapter`, as `prepare` and `prepare_adapter` returned them.
+        Nothing is copied."""
         self._embed = weights["model.embed_tokens.weight"]
         self._head = self._embed if self._tied else weights["lm_head.weight"]
         self._norm = weights["model.norm.weight"]
-        self._layers = [_layer(weights, f"model.layers.{i}.") for i in range(self._layers_count)]
+        self._layers = [
+            _layer(weights, adapter, f"model.layers.{i}.") for i in range(self._layers_count)
+        ]
 
     def forward(self, step: StepInput, kv: KVSlots, *, every: bool = False) -> torch.Tensor:
         """Logits `[A, vocab]` float32 of the decoded tokens, or `[N, vocab]` of `every` token.
@@ -166,14 +217,14 @@ class LeanModel:
             else:
                 keys_of = normed_q = normed
             q, k = self._queries(layer, normed_q, cos, sin), self._keys(layer, keys_of, cos, sin)
-            v = functional.linear(keys_of, layer.v, layer.v_bias)
+            v = layer.v(keys_of)
             kv.key_rows[index].index_copy_(0, rows, k.reshape(-1, self.kv_shape.head_dim))
             kv.value_rows[index].index_copy_(0, rows, v.view(-1, self.kv_shape.head_dim))
             mixed = self._decode(q[:decoded], kv, index, longest, mask)
             if not last and step.segments:
                 parts = self._prefill(q[decoded:], kv, index, step.segments)
                 mixed = torch.cat((mixed, *parts))
-            x = x + functional.linear(mixed, layer.o, layer.o_bias)
+            x = x + layer.o(mixed)
             x = x + self._mlp(layer, x)
         x = functional.rms_norm(x, self._norm.shape, self._norm, self._eps)
         return functional.linear(x, self._head).float()
@@ -182,7 +233,7 @@ class LeanModel:
         self, layer: _Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
         """Rotated queries `[n, heads, head_dim]` of the first n tokens."""
-        q = functional.linear(x, layer.q, layer.q_bias).view(len(x), self._heads, -1)
+        q = layer.q(x).view(len(x), self._heads, -1)
         if layer.q_norm is not None:
             q = functional.rms_norm(q, layer.q_norm.shape, layer.q_norm, self._eps)
         return _rotate(q, cos[: len(x)], sin[: len(x)])
@@ -191,17 +242,15 @@ class LeanModel:
         self, layer: _Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
         """Rotated keys `[N, kv_heads, head_dim]`."""
-        k = functional.linear(x, layer.k, layer.k_bias).view(len(x), self.kv_shape.kv_heads, -1)
+        k = layer.k(x).view(len(x), self.kv_shape.kv_heads, -1)
         if layer.k_norm is not None:
             k = functional.rms_norm(k, layer.k_norm.shape, layer.k_norm, self._eps)
         return _rotate(k, cos, sin)
 
     def _mlp(self, layer: _Layer, x: torch.Tensor) -> torch.Tensor:
         x = functional.rms_norm(x, self._norm.shape, layer.mlp_norm, self._eps)
-        gate = functional.silu(functional.linear(x, layer.gate, layer.gate_bias), inplace=True)
-        return functional.linear(
-            gate.mul_(functional.linear(x, layer.up, layer.up_bias)), layer.down, layer.down_bias
-        )
+        gate = functional.silu(layer.gate(x), inplace=True)
+        return layer.down(gate.mul_(layer.up(x)))
 
     def _decode_mask(self, positions: torch.Tensor, longest: int) -> torch.Tensor:
         """Additive mask `[A, 1, 1, longest]`: each row sees its slot up to its own position."""
@@ -305,29 +354,32 @@ def _check_supported(name: str, config: Any, max_context: int) -> None:
         raise EngineError(f"{name}: hidden_act {config.hidden_act!r}, expected 'silu'; {remedy}")
 
 
-def _layer(weights: Mapping[str, torch.Tensor], prefix: str) -> _Layer:
+def _layer(weights: Mapping[str, torch.Tensor], adapter: Adapter | None, prefix: str) -> _Layer:
     def named(name: str) -> Any:  # None for tensors the architecture does not have
-        return weights.get(f"{prefix}{name}")
+        return weights.get(f"{prefix}{name}.weight")
+
+    def linear(name: str) -> _Linear:
+        layer = f"{prefix}{name}"
+        factors = adapter.factors.get(layer) if adapter is not None else None
+        return _Linear(
+            weights[f"{layer}.weight"],
+            weights.get(f"{layer}.bias"),
+            factors,
+            adapter.scale if adapter is not None else 0.0,
+        )
 
     return _Layer(
-        input_norm=named("input_layernorm.weight"),
-        q=named("self_attn.q_proj.weight"),
-        k=named("self_attn.k_proj.weight"),
-        v=named("self_attn.v_proj.weight"),
-        o=named("self_attn.o_proj.weight"),
-        q_bias=named("self_attn.q_proj.bias"),
-        k_bias=named("self_attn.k_proj.bias"),
-        v_bias=named("self_attn.v_proj.bias"),
-        o_bias=named("self_attn.o_proj.bias"),
-        q_norm=named("self_attn.q_norm.weight"),
-        k_norm=named("self_attn.k_norm.weight"),
-        mlp_norm=named("post_attention_layernorm.weight"),
-        gate=named("mlp.gate_proj.weight"),
-        up=named("mlp.up_proj.weight"),
-        down=named("mlp.down_proj.weight"),
-        gate_bias=named("mlp.gate_proj.bias"),
-        up_bias=named("mlp.up_proj.bias"),
-        down_bias=named("mlp.down_proj.bias"),
+        input_norm=named("input_layernorm"),
+        q=linear("self_attn.q_proj"),
+        k=linear("self_attn.k_proj"),
+        v=linear("self_attn.v_proj"),
+        o=linear("self_attn.o_proj"),
+        q_norm=named("self_attn.q_norm"),
+        k_norm=named("self_attn.k_norm"),
+        mlp_norm=named("post_attention_layernorm"),
+        gate=linear("mlp.gate_proj"),
+        up=linear("mlp.up_proj"),
+        down=linear("mlp.down_proj"),
     )
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from loopwright.configs.channels import carrier_of, option_problems
+
 if TYPE_CHECKING:
     from loopwright.configs.schema import Config
 
@@ -118,6 +120,7 @@ def _limits(c: Config) -> Iterator[tuple[bool, str, str]]:
         "algorithm.mismatch_low",
         f"less than algorithm.mismatch_cap = {c.algorithm.mismatch_cap}",
     )
+    yield from _channel_limits(c)
     yield (
         c.algorithm.dual_clip == 0 or c.algorithm.dual_clip > 1,
         "algorithm.dual_clip",
@@ -136,6 +139,46 @@ def _device_limits(c: Config) -> Iterator[tuple[bool, str, str]]:
         c.trainer.gradient_checkpointing != "offload" or c.model.device != "cpu",
         "trainer.gradient_checkpointing",
         '"on" or "off": with model.device = "cpu" activations are in host memory already',
+    )
+
+
+def _channel_limits(c: Config) -> Iterator[tuple[bool, str, str]]:
+    """What placement and channel ask of each other."""
+    r, placement = c.rollout, c.cluster.placement
+    colocated = placement == "colocated"
+    yield (
+        not colocated or r.max_lag == 0,
+        "cluster.placement",
+        f"'disaggregated', or rollout.max_lag = 0: with rollout.max_lag = {r.max_lag} engines "
+        "generate while the trainer trains, and colocated they take turns",
+    )
+    yield (
+        not colocated or carrier_of(r.channel, r.channel_options) != "collective",
+        "rollout.channel",
+        "'auto' or 'shared_memory': colocated trainer and engines share a device, and a network "
+        "between them would copy what they can share",
+    )
+    yield (
+        r.channel != "ipc" or c.model.device == "cuda",
+        "rollout.channel",
+        f"'auto': 'ipc' shares memory of a GPU, and model.device = {c.model.device!r}",
+    )
+    yield (
+        r.channel != "ipc" or placement != "disaggregated",
+        "rollout.channel",
+        "'auto': 'ipc' shares memory of one GPU, and with cluster.placement = 'disaggregated' "
+        "trainer and engines have devices of their own",
+    )
+    yield (
+        r.channel != "adapter" or c.model.lora_rank > 0,
+        "rollout.channel",
+        "'auto', or model.lora_rank > 0: 'adapter' sends LoRA's A and B, and there are none",
+    )
+    yield (
+        r.channel not in ("delta", "lowrank_delta") or c.model.lora_rank == 0,
+        "rollout.channel",
+        f"'adapter' or 'auto': {r.channel!r} sends what changed in every weight, and with "
+        "model.lora_rank > 0 the merged weights change everywhere",
     )
 
 
@@ -214,6 +257,13 @@ def contradictions(config: Config) -> list[Problem]:
             if value_at(config, key) != default_at(config, key):
                 expected = f"no such setting: it has no effect with {because}"
                 problems.append(Problem(key=key, value=value_at(config, key), expected=expected))
+    r = config.rollout
+    problems += [
+        Problem(
+            key=f"rollout.channel_options.{name}", value=value, expected=expected, nearest=nearest
+        )
+        for name, value, expected, nearest in option_problems(r.channel, r.channel_options)
+    ]
     return problems
 
 

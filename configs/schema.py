@@ -151,8 +151,19 @@ class RolloutConfig(_Table):
     max_lag: int = Field(
         1, ge=0, description="largest policy lag a rollout may have when used; 0 = synchronous"
     )
-    on_update: Literal["continue", "finish"] = Field(
-        "continue", description="running sequences go on under new weights, or finish first"
+    on_update: Literal["continue", "recompute", "finish"] = Field(
+        "continue",
+        description="running sequences at a publish: go on under the new weights with the keys and "
+        "values they have, go on with these computed anew, or finish first",
+    )
+    channel: Literal[
+        "auto", "shared_memory", "collective", "ipc", "adapter", "delta", "lowrank_delta"
+    ] = Field(
+        "auto",
+        description="how weights get to the engines; auto: from placement and kind of training",
+    )
+    channel_options: dict[str, Any] = Field(
+        default_factory=dict, description="of the channel named above: configs/channels.py"
     )
     temperature: float = Field(1.0, gt=0, description="sampling temperature in training")
     top_p: float = Field(1.0, description="must be 1; the key exists to say why")
@@ -316,6 +327,11 @@ class ClusterConfig(_Table):
         min_length=1,
         description='"auto": the job\'s Ray or RAY_ADDRESS, else a new one in this process; '
         '"local": always a new one; "none": no Ray, one process; or an address',
+    )
+    placement: Literal["auto", "disaggregated", "colocated"] = Field(
+        "auto",
+        description="trainer and engines at the same time on devices of their own, or by turns on "
+        "the same; auto: from what the cluster has",
     )
     cpus: int = Field(0, ge=0, description="CPUs of a Ray started here; 0 = all of the machine")
     object_store_bytes: int = Field(

@@ -71,7 +71,7 @@ class Receiver:
         except ChannelLost:
             self._last, self._layout = None, None
             raise
-        self._last = received
+        self._last = received if received.buffer is not None else None  # nothing builds on others
         return received
 
     def serving(self, received: Received) -> None:
