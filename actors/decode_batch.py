@@ -139,6 +139,14 @@ class DecodeBatch:
         if recompute:
             self._drop_kv()
 
+    def release_kv(self) -> None:
+        """Give back all memory of keys and values. Nothing may step before the next `install` with
+        `recompute`."""
+        kv = self._kv
+        self._kv = KVSlots(kv.shape, kv.slots, kv.max_context)
+        self._prefixes.clear()
+        self._leaders.clear()
+
     def _drop_kv(self) -> None:
         """Prefill every running sequence again, all but the token that is decoded next."""
         self._segments = []

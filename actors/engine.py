@@ -118,6 +118,12 @@ class Engine(Protocol):
         where the weights did not arrive; the former version then goes on being served."""
         ...
 
+    async def sleep(self) -> None:
+        """Stand still, and give back the memory of the KV cache, until the next `update_weights`.
+        Requests wait; running sequences go on after it as `recompute` has it, whatever its
+        `on_update`."""
+        ...
+
     async def probe(self, token_ids: np.ndarray) -> np.ndarray:
         """Logprobs [T-1] float32 of the given tokens [T] int32 under the weights being served,
         computed by the engine itself, bypassing caches."""

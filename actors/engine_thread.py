@@ -81,7 +81,14 @@ class Stop:
     """End the thread."""
 
 
-Command = Submit | Cancel | Update | Probe | Stop
+@dataclass(frozen=True, slots=True)
+class Sleep:
+    """Stand still until the next update."""
+
+    future: "asyncio.Future[None]"
+
+
+Command = Submit | Cancel | Update | Probe | Sleep | Stop
 
 
 class EngineThread(threading.Thread):
@@ -108,6 +115,7 @@ class EngineThread(threading.Thread):
         self._waiting: list[_Waiting] = []
         self._futures: dict[str, asyncio.Future[Completion]] = {}
         self._updates: list[Update] = []
+        self._asleep = False
         self._outbox: list[tuple[asyncio.Future[Any], Any]] = []
 
     def stats(self) -> EngineStats:
@@ -143,15 +151,16 @@ class EngineThread(threading.Thread):
         """Apply updates that are due, admit, step, deliver."""
         began = time.perf_counter()
         self._apply_updates()
-        self._admit()
-        for ended in self.batch.step():
-            self._finish(ended)
+        if not self._asleep:
+            self._admit()
+            for ended in self.batch.step():
+                self._finish(ended)
         self._busy_s += time.perf_counter() - began
         self._flush()
 
     def _take_commands(self) -> bool:
         """Read the inbox, waiting if there is nothing to do; False when told to stop."""
-        idle = not (self._waiting or self.batch.running or self._updates)
+        idle = not self._updates and (self._asleep or not (self._waiting or self.batch.running))
         while True:
             try:
                 command = self._inbox.get(block=idle)
@@ -164,6 +173,11 @@ class EngineThread(threading.Thread):
                 self._submit(command)
             elif isinstance(command, Cancel):
                 self._cancel(command)
+            elif isinstance(command, Sleep):
+                self._asleep = True
+                self.batch.release_kv()
+                self._outbox.append((command.future, None))
+                self._flush()
             elif isinstance(command, Probe):
                 self._outbox.append((command.future, self.batch.probe(command.token_ids)))
             else:
@@ -201,15 +215,16 @@ class EngineThread(threading.Thread):
     def _apply_updates(self) -> None:
         while self._updates:
             update = self._updates[0]
-            if update.on_update == "finish" and self.batch.running:
+            if update.on_update == "finish" and self.batch.running and not self._asleep:
                 return  # nothing is admitted until they are done
             began = time.perf_counter()
             self.batch.install(
                 update.weights,
                 update.version,
                 adapter=update.adapter,
-                recompute=update.on_update == "recompute",
+                recompute=self._asleep or update.on_update == "recompute",
             )
+            self._asleep = False
             self._outbox.append((update.future, time.perf_counter() - began))
             self._updates.pop(0)
 

@@ -51,6 +51,13 @@ class RolloutActor:
         self._serving = True
         return report
 
+    async def sleep(self) -> None:
+        """`Engine.sleep`: stand still until the next `update`. Raises `EngineLost` in a process
+        that was restarted and not started since."""
+        if not self._started:
+            raise EngineLost("restarted, and its engine is not loaded yet")
+        await self._engine.sleep()
+
     async def probe(self, token_ids: np.ndarray) -> np.ndarray:
         """`Engine.probe`: logprobs [T-1] float32 of given tokens, to compare with the trainer's."""
         return await self._engine.probe(token_ids)

@@ -178,6 +178,7 @@ class SharedWeights:
                 self._offsets[name] = end
                 end += aligned(tensors[name].numel() * self._dtypes[name].itemsize)
         self.size_bytes = aligned(max(end, 1), mmap.PAGESIZE)
+        self._slots = slots
         self._next_slot = 0
         self._file = _allocate(segment, slots * self.size_bytes)
         self._buffer = np.frombuffer(mmap.mmap(self._file, slots * self.size_bytes), dtype=np.uint8)
@@ -240,11 +241,17 @@ class SharedWeights:
         try:
             return self._write_slot(slot * self.size_bytes, version, buckets)
         finally:
-            self._next_slot = 1 - slot
+            self._next_slot = self._slots - 1 - slot
             _lock(self._file, fcntl.F_UNLCK, slot * self.size_bytes, self.size_bytes)
 
+    def overwrite(
+        self, version: int, buckets: "Iterable[Mapping[str, torch.Tensor]]"
+    ) -> WeightManifest:
+        """Write over the first slot although engines map it: they are asleep (`in_place`)."""
+        return self._write_slot(0, version, buckets)
+
     def _lock_slot(self) -> int:
-        for slot in (self._next_slot, 1 - self._next_slot):
+        for slot in dict.fromkeys((self._next_slot, self._slots - 1 - self._next_slot)):
             if _lock(self._file, fcntl.F_WRLCK, slot * self.size_bytes, self.size_bytes):
                 return slot
         raise WeightError(

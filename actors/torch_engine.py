@@ -35,6 +35,7 @@ from loopwright.actors.engine_thread import (
     Command,
     EngineThread,
     Probe,
+    Sleep,
     Stop,
     Submit,
     Update,
@@ -125,6 +126,13 @@ class TorchEngine:
             pause_s=pause_s,
             seconds=time.perf_counter() - began,
         )
+
+    async def sleep(self) -> None:
+        """Stand still and free the KV cache, until the next `update_weights`."""
+        self._running_thread()
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._put(Sleep(future))
+        await future
 
     async def probe(self, token_ids: np.ndarray) -> np.ndarray:
         """Logprobs `[T-1]` float32 of given tokens `[T]` int32 under the weights being served.

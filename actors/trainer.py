@@ -16,11 +16,16 @@ from pathlib import Path
 import numpy as np
 
 from loopwright.actors import checkpoint
+from loopwright.actors.channels.adapter import BackendAdapters
+from loopwright.actors.channels.channel import WeightChannel, open_channel
+from loopwright.actors.channels.follower import Follower
+from loopwright.actors.channels.lowrank import projector_bases
+from loopwright.actors.channels.settings import ChannelSettings
 from loopwright.actors.packed_forward import Sequences
 from loopwright.actors.ranks import Meeting, Ranks, join
-from loopwright.actors.shared_memory import SharedWeights, unlink_stale
+from loopwright.actors.shared_memory import unlink_stale
 from loopwright.actors.trainer_backend import TrainerBackend, TrainerSettings
-from loopwright.actors.weights import WeightManifest, checksum
+from loopwright.actors.weights import ChannelLost, WeightManifest, checksum
 from loopwright.algorithms.records import TrainBatch, decode
 from loopwright.configs.backends import load_backend
 
@@ -32,9 +37,15 @@ class TrainerError(Exception):
 class Trainer:
     """Plain class, used in process or as an actor. Calls come one at a time."""
 
-    def __init__(self, settings: TrainerSettings, run_name: str, rank: int = 0) -> None:
-        """Load the model: that is policy version 0. `run_name` goes into the shared memory
-        segment's name. One `rank` of several loads it after `join`, when it is first needed.
+    def __init__(
+        self,
+        settings: TrainerSettings,
+        run_name: str,
+        rank: int = 0,
+        channel: ChannelSettings | None = None,
+    ) -> None:
+        """Load the model: that is policy version 0. `run_name` goes into the names of shared
+        memory. One `rank` of several loads it after `join`, when it is first needed.
         """
         self.settings = settings
         self.run_name = run_name
@@ -42,7 +53,8 @@ class Trainer:
         self._ranks: Ranks | None = None
         self._meeting: Meeting | None = None
         self._backend: TrainerBackend | None = None
-        self._shared: SharedWeights | None = None
+        self._channel_settings = channel or ChannelSettings()
+        self._channel: WeightChannel | None = None  # opened by the first publish
         if settings.ranks == 1:
             self._backend = self._build()
 
@@ -104,21 +116,32 @@ class Trainer:
             )
         return self.backend.train(record)
 
-    def publish(self, version: int) -> WeightManifest | None:
-        """Write the current weights to shared memory as policy version `version`; the manifest
-        tells where (rank 0; the others have none).
+    def publish(self, version: int, members: tuple[str, ...] = ()) -> WeightManifest | None:
+        """Send the current weights on their way to the engines as policy version `version`; the
+        manifest tells them how to take it (rank 0; the others have none).
 
-        Every engine must have acknowledged the last manifest first.
+        Every engine must have acknowledged the last manifest first. `members` names the engines
+        that will take this one, with their lives: a channel that knows its peers forms anew when
+        they change.
         """
+        if self._channel is None:
+            self._channel = self._open()
+        adapters = self._channel_settings.channel == "adapter"
+        source = BackendAdapters(self.backend) if adapters else self.backend
+        return self._channel.publish(version, source, members)
+
+    def _open(self) -> WeightChannel:
         if self._rank:
-            for _ in self.backend.published_buckets():
-                pass
-            return None
-        if self._shared is None:
-            self._shared = SharedWeights.create(self.run_name, self.backend.published_shapes())
-        else:  # every engine has taken this process's first manifest: a killed trainer's can go
-            unlink_stale(self.run_name)
-        return self._shared.write_buckets(version, self.backend.published_buckets())
+            return Follower()
+        settings = self._channel_settings
+        return open_channel(settings, self.run_name, lambda: projector_bases(self.backend))
+
+    def resend(self, version: int, members: tuple[str, ...]) -> WeightManifest | None:
+        """The weights published last, whole, for engines that missed them. May be called while a
+        step is taken, of rank 0. Raises `ChannelLost` if this process did not publish `version`."""
+        if self._channel is None:
+            raise ChannelLost(f"this trainer has not published version {version}")
+        return self._channel.resend(version, members)
 
     def save(self, path: str) -> dict[str, float]:
         """Write a checkpoint into the folder `path`: Hugging Face weights, config, tokenizer, and
@@ -173,8 +196,8 @@ class Trainer:
         return {"step": float(step), "pid": float(os.getpid())}
 
     def close(self) -> None:
-        """Unlink the shared memory; engines that map it keep what they map. Idempotent."""
-        if self._shared is not None:
-            self._shared.close()
-            self._shared = None
+        """Free the channel; engines keep what they hold. Idempotent."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
         unlink_stale(self.run_name)

@@ -2,26 +2,28 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from loopwright.actors.channels.settings import ChannelSettings
 from loopwright.actors.engine import EngineSettings
 from loopwright.actors.env_worker import WorkerSettings
 from loopwright.actors.episode import EpisodeLimits
 from loopwright.actors.vllm_setup import VLLM_CPU_ENVIRONMENT
 from loopwright.algorithms.advantages import CRITIC
+from loopwright.configs.channels import channel_option
 from loopwright.configs.schema import Config
 from loopwright.envs import registry
 from loopwright.envs.protocol import Env, EnvError
-from loopwright.orchestrator.cluster import Actor, Cluster, Needs, Placement, connect
+from loopwright.orchestrator import placement
+from loopwright.orchestrator.cluster import Actor, Cluster, Placement, connect
 from loopwright.orchestrator.faults import Refused, RestartBudget
 from loopwright.orchestrator.pool import Deadlines, FaultLimits, Pool
 from loopwright.orchestrator.recorder import Recorder
 from loopwright.orchestrator.samplers import Draws
 from loopwright.orchestrator.tasks import Played
 from loopwright.orchestrator.training import Training
-
-_WORKER_CPUS = 0.5  # an environment worker mostly waits for engines
 
 
 @dataclass(slots=True, kw_only=True)
@@ -30,16 +32,7 @@ class Actors:
 
     pool: Pool
     training: Training
-
-
-def needs(config: Config) -> Needs:
-    """What all actors of a run ask Ray for."""
-    r = config.rollout
-    return Needs(
-        one_node_cpus=config.trainer.threads + r.engines * r.threads,
-        one_node_gpus=_gpus(config) * (1 + r.engines),
-        elsewhere_cpus=(_WORKER_CPUS,) * config.environment.workers,
-    )
+    plan: placement.Plan
 
 
 def open_cluster(config: Config, recorder: Recorder) -> Cluster:
@@ -47,7 +40,7 @@ def open_cluster(config: Config, recorder: Recorder) -> Cluster:
     c = config.cluster
     return connect(
         c.address,
-        needs(config),
+        partial(placement.needs, config),
         cpus=c.cpus,
         object_store_bytes=c.object_store_bytes,
         timeout_s=c.start_timeout_s,
@@ -107,18 +100,29 @@ def spawn(cluster: Cluster, config: Config, model_path: str, recorder: Recorder)
     """Start trainer, rollout actors and environment workers side by side; none of them has answered
     yet."""
     restarts = RestartBudget(config.run.max_restarts)
+    plan = placement.plan(config, cluster.resources)
+    recorder.event("placement", channel=plan.channel, carrier=plan.carrier, why=str(plan))
+    recorder.phase(str(plan))
+    share = placement.shares(config, plan)
     trainer = cluster.spawn(
         "trainer",
         "loopwright.actors.trainer:Trainer",
-        (trainer_settings(config, model_path), config.run.name),
+        (
+            trainer_settings(config, model_path),
+            config.run.name,
+            0,
+            channel_settings(config, plan, alone=cluster.alone),
+        ),
         Placement(
-            cpus=config.trainer.threads,
-            gpus=_gpus(config),
+            cpus=config.trainer.threads * share,
+            gpus=_gpus(config) * share,
             threads=config.trainer.threads,
             shares_memory=True,
         ),
     )
-    engines = [_spawn_engine(cluster, config, model_path, i) for i in range(config.rollout.engines)]
+    engines = [
+        _spawn_engine(cluster, config, model_path, plan, i) for i in range(config.rollout.engines)
+    ]
     settings = WorkerSettings(
         environment=config.environment.name,
         options=environment_options(config),
@@ -129,11 +133,19 @@ def spawn(cluster: Cluster, config: Config, model_path: str, recorder: Recorder)
             f"environment worker {i}",
             "loopwright.actors.env_worker:EnvWorker",
             (settings,),
-            Placement(cpus=_WORKER_CPUS),
+            Placement(cpus=placement.worker_cpus()),
         )
         for i in range(config.environment.workers)
     ]
     c = config.cluster
+    training = Training(
+        trainer,
+        initial=model_path,
+        start_s=c.start_timeout_s,
+        step_s=c.step_timeout_s,
+        restarts=restarts,
+        event=recorder.event,
+    )
     pool = Pool(
         engines,
         workers,
@@ -149,20 +161,15 @@ def spawn(cluster: Cluster, config: Config, model_path: str, recorder: Recorder)
         restarts=restarts,
         on_update=config.rollout.on_update,
         event=recorder.event,
+        resend=training.resend,
     )
-    training = Training(
-        trainer,
-        initial=model_path,
-        start_s=c.start_timeout_s,
-        step_s=c.step_timeout_s,
-        restarts=restarts,
-        event=recorder.event,
-    )
-    return Actors(pool=pool, training=training)
+    return Actors(pool=pool, training=training, plan=plan)
 
 
-def _spawn_engine(cluster: Cluster, config: Config, model_path: str, index: int) -> Actor:
-    r = config.rollout
+def _spawn_engine(
+    cluster: Cluster, config: Config, model_path: str, plan: placement.Plan, index: int
+) -> Actor:
+    r, share = config.rollout, placement.shares(config, plan)
     settings = EngineSettings(
         model_path=model_path,
         dtype=config.model.dtype,
@@ -179,12 +186,30 @@ def _spawn_engine(cluster: Cluster, config: Config, model_path: str, index: int)
         "loopwright.actors.rollout:RolloutActor",
         (r.engine, settings),
         Placement(
-            cpus=r.threads,
-            gpus=_gpus(config),
+            cpus=r.threads * share,
+            gpus=_gpus(config) * share,
             threads=r.threads,
-            shares_memory=True,
+            shares_memory=plan.carrier != "collective",
             environment=VLLM_CPU_ENVIRONMENT if on_cpu else {},
         ),
+    )
+
+
+def channel_settings(config: Config, plan: placement.Plan, *, alone: bool) -> ChannelSettings:
+    """How weights travel, of [rollout] and [cluster]. `alone`: the cluster is this machine."""
+    r, options = config.rollout, config.rollout.channel_options
+    workers = r.options.get("tensor_parallel_size", 1) if r.engine == "vllm" else 1
+    return ChannelSettings(
+        channel=plan.channel,
+        carrier=plan.carrier,
+        device=config.model.device,
+        host=placement.host_option(config, alone),
+        bucket_bytes=channel_option(options, "bucket_bytes"),
+        timeout_s=config.cluster.publish_timeout_s,
+        full_every=channel_option(options, "full_every"),
+        level=channel_option(options, "level"),
+        receivers_per_engine=workers,
+        in_place=plan.colocated and config.model.device == "cpu" and not config.model.lora_rank,
     )
 
 

@@ -52,20 +52,55 @@ class Needs:
 
     one_node_cpus: float  # of those that share memory
     one_node_gpus: float = 0.0
+    # engines that weights reach over the network: (CPUs, GPUs) of each; any node will do
+    engines: tuple[tuple[float, float], ...] = ()
     elsewhere_cpus: tuple[float, ...] = ()  # one entry an actor; any node will do
 
     @property
     def cpus(self) -> float:
         """All together."""
-        return self.one_node_cpus + sum(self.elsewhere_cpus)
+        return self.one_node_cpus + sum(c for c, _ in self.engines) + sum(self.elsewhere_cpus)
+
+    @property
+    def bundles(self) -> list[dict[str, float]]:
+        """What Ray is asked to reserve: those that share memory, then each of the others in the
+        order in which they are spawned."""
+        wanted = [(self.one_node_cpus, self.one_node_gpus), *self.engines]
+        wanted += [(cpus, 0.0) for cpus in self.elsewhere_cpus]
+        return [
+            {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
+            for cpus, gpus in wanted
+        ]
 
     def __str__(self) -> str:
         gpus = f" and {self.one_node_gpus:g} GPUs" if self.one_node_gpus else ""
-        text = f"{self.one_node_cpus:g} CPUs{gpus} on one node (trainer and engines share memory)"
+        who = "trainer" if self.engines else "trainer and engines share memory"
+        text = f"{self.one_node_cpus:g} CPUs{gpus} on one node ({who})"
+        if self.engines:
+            each = ", ".join(
+                f"{c:g} CPUs" + (f" and {g:g} GPUs" if g else "") for c, g in self.engines
+            )
+            text += f", on any node {each} for engines"
         if self.elsewhere_cpus:
             each = ", ".join(f"{cpus:g}" for cpus in self.elsewhere_cpus)
             text += f", and on any node {each} CPUs for environment workers"
         return text
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a cluster has, busy or not."""
+
+    cpus: float
+    gpus: float
+    nodes: tuple[tuple[float, float], ...]  # (CPUs, GPUs) of each
+
+    @classmethod
+    def of_this_machine(cls, cpus: int = 0) -> "Resources":
+        """Its cores, or `cpus` of them, and its NVIDIA devices."""
+        own = float(cpus or os.cpu_count() or 1)
+        gpus = float(len(list(Path("/dev").glob("nvidia[0-9]*"))))
+        return cls(own, gpus, ((own, gpus),))
 
 
 class Actor(Protocol):
@@ -96,6 +131,8 @@ class Cluster(Protocol):
     """Where actors live."""
 
     description: str
+    resources: Resources
+    alone: bool  # it is this machine and no other
 
     def spawn(self, name: str, target: str, args: tuple[Any, ...], placement: Placement) -> Actor:
         """Start `module:Class` as an actor; returns before its constructor has run."""
@@ -160,6 +197,10 @@ class InProcess:
     """Everything in this process: for reading along in a debugger, and for machines without Ray."""
 
     description = "this process, no Ray"
+    alone = True
+
+    def __init__(self) -> None:
+        self.resources = Resources.of_this_machine()
 
     def spawn(self, name: str, target: str, args: tuple[Any, ...], placement: Placement) -> Actor:
         """As `Cluster.spawn`; placement has no meaning here."""
@@ -294,7 +335,7 @@ class RayCluster:
     def __init__(
         self,
         address: str,
-        needs: Needs,
+        needs_of: Callable[[Resources], Needs],
         *,
         cpus: int,
         object_store_bytes: int,
@@ -308,7 +349,6 @@ class RayCluster:
         self._owned = False
         self._actors: list[RayActor] = []
         self._reserved: Any = None  # ray.util.placement_group.PlacementGroup of a found cluster
-        self._elsewhere = iter(range(1, 1 + len(needs.elsewhere_cpus)))  # bundles not yet used
         logging.getLogger("ray").setLevel(logging.WARNING)
         if address in ("auto", "local"):
             found = address == "auto" and _running_address()
@@ -316,6 +356,7 @@ class RayCluster:
                 ray.init(address=found, log_to_driver=False, logging_level=logging.WARNING)
             else:
                 self._owned = True
+                needs = needs_of(Resources.of_this_machine(cpus))
                 ray.init(
                     address="local",
                     num_cpus=max(cpus or os.cpu_count() or 1, math.ceil(needs.cpus)),
@@ -326,6 +367,12 @@ class RayCluster:
                 )
         else:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        self.alone = self._owned
+        self.resources = _resources_of_nodes(ray.nodes())
+        if self._owned:
+            self.resources = Resources.of_this_machine(cpus)
+        needs = needs_of(self.resources)
+        self._elsewhere = iter(range(1, len(needs.bundles)))  # bundles not yet used
         if not self._owned:
             self._reserve(needs, timeout_s, say)
         where = "started here" if self._owned else "found"
@@ -335,10 +382,7 @@ class RayCluster:
         """Room for all actors or none: half a run would wait for ever, holding what others need."""
         import ray
 
-        together = {"CPU": needs.one_node_cpus, "GPU": needs.one_node_gpus}
-        bundles = [{name: amount for name, amount in together.items() if amount}]
-        bundles += [{"CPU": cpus} for cpus in needs.elsewhere_cpus]
-        self._reserved = ray.util.placement_group(bundles, strategy="PACK")
+        self._reserved = ray.util.placement_group(needs.bundles, strategy="PACK")
         if self._reserved.wait(timeout_seconds=min(_PATIENCE_S, timeout_s)):
             return
         say(f"waiting up to {timeout_s:g} s for {needs}; {_room()}")
@@ -417,6 +461,13 @@ def _running_address() -> str | None:
     return os.environ.get("RAY_ADDRESS")
 
 
+def _resources_of_nodes(nodes: list[dict[str, Any]]) -> Resources:
+    """What Ray's living nodes have."""
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    each = tuple((float(r.get("CPU", 0)), float(r.get("GPU", 0))) for r in alive)
+    return Resources(sum(c for c, _ in each), sum(g for _, g in each), each)
+
+
 def _room() -> str:
     import ray
 
@@ -435,7 +486,7 @@ def _resources(resources: Mapping[str, float]) -> str:
 
 def connect(
     address: str,
-    needs: Needs,
+    needs_of: Callable[[Resources], Needs],
     *,
     cpus: int,
     object_store_bytes: int,
@@ -444,7 +495,8 @@ def connect(
 ) -> Cluster:
     """The cluster that `cluster.address` names: `none`, `local`, `auto`, or an address.
 
-    On a found cluster, room for `needs` is reserved; `say` is told if that takes time. Raises
+    `needs_of` says what the run asks of a cluster that has so much. On a found one room for it is
+    reserved; `say` is told if that takes time. Raises
     `RunError` if there is no such cluster, or no room within `timeout_s`.
     """
     if address == "none":
@@ -454,7 +506,7 @@ def connect(
     try:
         return RayCluster(
             address,
-            needs,
+            needs_of,
             cpus=cpus,
             object_store_bytes=object_store_bytes,
             timeout_s=timeout_s,

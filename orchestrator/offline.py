@@ -38,7 +38,7 @@ async def evaluate_target(target: str, config_path: str, overrides: Sequence[str
         try:
             actors = assembly.spawn(cluster, config, model, recorder)
             await actors.training.start(None)
-            await actors.pool.start(await actors.training.publish(0))
+            await actors.pool.start(await actors.training.publish(0, actors.pool.members()))
             metrics = await evaluate(
                 actors.pool,
                 tasks,

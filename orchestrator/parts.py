@@ -51,6 +51,7 @@ class Parts:
     training: Training
     ledger: Ledger
     recorder: Recorder
+    by_turns: bool = False  # trainer and engines share a device
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     report: BatchReport | None = None
     started: float = field(default_factory=time.monotonic)
@@ -81,14 +82,16 @@ class Parts:
         return [group for group in groups if len(group.rollouts) >= least]
 
     async def update(self, step: int, batch: TrainBatch) -> None:
-        """The trainer's step."""
+        """The trainer's step; where they share a device, after the engines have gone to sleep."""
+        if self.by_turns:
+            await self.pool.sleep()
         with self.recorder.timed("train"):
             self.recorder.add(await self.training.step(step, encode(batch)))
 
     async def publish(self, step: int) -> None:
         """Trainer → channel → every engine, proven by checksums."""
         with self.recorder.timed("publish"):
-            manifest = await self.training.publish(step)
+            manifest = await self.training.publish(step, self.pool.members())
             reports = await self.pool.publish(manifest)
         self.recorder.published(manifest, reports)
 

@@ -18,7 +18,7 @@ import numpy as np
 from loopwright.actors.engine import EngineError, EngineStats, OnUpdate, UpdateReport
 from loopwright.actors.env_worker import EpisodeOrder, WorkerLost
 from loopwright.actors.episode import ENGINE_FAULT, EngineLost, EpisodeLimits
-from loopwright.actors.weights import WeightManifest
+from loopwright.actors.weights import ChannelLost, WeightManifest
 from loopwright.algorithms.records import Outcome, Rollout, decode
 from loopwright.envs.protocol import Task, encode_task
 from loopwright.orchestrator.cluster import Actor, first_exception
@@ -32,6 +32,7 @@ from loopwright.orchestrator.faults import (
 
 T = TypeVar("T")
 Event = Callable[..., None]  # event(kind, **fields)
+Resend = Callable[[int, tuple[str, ...]], Awaitable[WeightManifest]]  # of (version, members)
 
 
 class WeightsNotProven(RunError):
@@ -82,7 +83,10 @@ class Pool:
         restarts: RestartBudget,
         on_update: OnUpdate,
         event: Event,
+        resend: Resend | None = None,
     ) -> None:
+        """`resend` asks the trainer for the last publish once more, for engines that missed it;
+        None where every manifest can be taken later too."""
         self._engines = [_Member(actor) for actor in engines]
         self._workers = [_Member(actor) for actor in workers]
         self._deadlines = deadlines
@@ -90,6 +94,8 @@ class Pool:
         self._restarts = restarts
         self._on_update = on_update
         self._event = event
+        self._resend = resend
+        self._asleep = False
         self._manifest: WeightManifest | None = None
         self._publishing = asyncio.Lock()
         self._recent: deque[bool] = deque(maxlen=faults.window)
@@ -114,18 +120,23 @@ class Pool:
         )
         return await self.publish(manifest)
 
+    def members(self) -> tuple[str, ...]:
+        """The engines that the next publish goes to, each with its life: a restarted one counts as
+        another."""
+        return tuple(f"{m.actor.name}/{m.life}" for m in self._taking_part())
+
+    async def sleep(self) -> None:
+        """All engines stand still and give back their KV, until the next publish."""
+        self._asleep = True
+        async with self._publishing:
+            await first_exception(*(self._sleep(m) for m in self._engines if m.ready.is_set()))
+
     async def publish(self, manifest: WeightManifest) -> list[UpdateReport]:
         """Every engine takes the weights and proves it. An engine that dies meanwhile is restarted
         and then given them; raises `WeightsNotProven` with the names of the tensors that differ."""
         async with self._publishing:
-            self._manifest = manifest
-            reports = await first_exception(
-                *(
-                    self._publish_to(m)
-                    for m in self._engines
-                    if m.ready.is_set() or m not in self._recovering
-                )
-            )
+            self._manifest, self._asleep = manifest, False
+            reports = await first_exception(*(self._publish_to(m) for m in self._taking_part()))
         return [r for r in reports if r is not None]
 
     async def probe(self, token_ids: np.ndarray) -> dict[str, np.ndarray]:
@@ -313,14 +324,19 @@ class Pool:
                 return await start(member)
             except ActorGone:
                 raise
-            except (ActorLost, EngineLost):
+            except (ActorLost, EngineLost, ChannelLost):
                 await asyncio.sleep(0.2)
 
     async def _refill_engine(self, member: _Member) -> None:
         await self._start_engine(member)
         # not in the middle of a publish: it would miss the version under way
         async with self._publishing:
-            await self._update(member)
+            manifest = self._published
+            if self._asleep:
+                raise ChannelLost("the trainer is changing the weights that engines share")
+            if not manifest.lasting:
+                manifest = await self._sent_again(member)
+            await self._update(member, manifest)
 
     async def _start_engine(self, member: _Member) -> None:
         pid = await member.actor.call(
@@ -349,15 +365,41 @@ class Pool:
         is given the weights."""
         life = member.life
         try:
-            return await self._update(member)
-        except (ActorLost, DeadlinePassed, EngineLost) as error:
+            try:
+                return await self._update(member, self._published)
+            except ChannelLost as error:  # nothing is wrong with the engine or the weights
+                self._event("publish_again", actor=member.actor.name, why=str(error))
+                return await self._update(member, await self._sent_again(member))
+        except (ActorLost, DeadlinePassed, EngineLost, ChannelLost) as error:
             if life == member.life:
                 self._recover(member, str(error), kill=isinstance(error, DeadlinePassed))
             return None
 
-    async def _update(self, member: _Member) -> UpdateReport:
-        manifest = self._manifest
-        assert manifest is not None, "publish or start comes first"
+    @property
+    def _published(self) -> WeightManifest:
+        assert self._manifest is not None, "publish or start comes first"
+        return self._manifest
+
+    def _taking_part(self) -> list[_Member]:
+        return [m for m in self._engines if m.ready.is_set() or m not in self._recovering]
+
+    async def _sent_again(self, member: _Member) -> WeightManifest:
+        version = self._published.version
+        if self._resend is None:
+            raise ChannelLost(f"version {version} cannot be sent again")
+        return await self._resend(version, (f"{member.actor.name}/{member.life}",))
+
+    async def _sleep(self, member: _Member) -> None:
+        life = member.life
+        try:
+            await member.actor.call(
+                "sleep", timeout_s=self._deadlines.publish_s, waiting_for="engine to stand still"
+            )
+        except (ActorLost, DeadlinePassed, EngineLost) as error:
+            if life == member.life:
+                self._recover(member, str(error), kill=isinstance(error, DeadlinePassed))
+
+    async def _update(self, member: _Member, manifest: WeightManifest) -> UpdateReport:
         try:
             report: UpdateReport = await member.actor.call(
                 "update",

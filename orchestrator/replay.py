@@ -5,11 +5,13 @@ on is on record. The same batches in the same order give the same weights, bit f
 arithmetic is deterministic (one thread on a CPU is).
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from loopwright.actors.channels.settings import ChannelSettings
 from loopwright.actors.trainer import Trainer
 from loopwright.algorithms.batching import build_batch
 from loopwright.algorithms.records import Group, Rollout, TrainBatch, decode, encode
@@ -50,7 +52,10 @@ def replay(folder: Path) -> Iterator[Replayed]:
             f"{folder}: trained by {settings.ranks} ranks, whose sums differ in the last bits from "
             "those of the one process here: only runs with trainer.ranks = 1 replay bit for bit"
         )
-    trainer = Trainer(settings, f"{config.run.name}-replay")
+    # An adapter's publish is the adapter alone, and so are its checksums.
+    adapters = recorded_channel(folder) == "adapter"
+    channel = ChannelSettings(channel="adapter" if adapters else "shared_memory")
+    trainer = Trainer(settings, f"{config.run.name}-replay", channel=channel)
     try:
         for step in sorted(state.trained):
             trainer.step(step, encode(batch_of(config, state, step)))
@@ -60,6 +65,14 @@ def replay(folder: Path) -> Iterator[Replayed]:
             yield Replayed(step=step, recorded=state.checksums[step], now=now)
     finally:
         trainer.close()
+
+
+def recorded_channel(folder: Path) -> str:
+    """The channel by which the run in `folder` published; empty if it does not say."""
+    file = folder / "events.jsonl"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    placed = [event for event in map(json.loads, lines) if event["kind"] == "placement"]
+    return str(placed[-1]["channel"]) if placed else ""
 
 
 def first_weights(config: Config, folder: Path) -> str:

@@ -174,7 +174,7 @@ async def _bring_up(
         await parts.training.start(checkpoint[1] if checkpoint else None)
         if checkpoint is None and plan.finished:
             await parts.training.reset(str(plan.cloned))
-        manifest = await parts.training.publish(parts.buffer.version)
+        manifest = await parts.training.publish(parts.buffer.version, parts.pool.members())
         reports = await parts.pool.start(manifest)
         parity = await check_parity(parts.training, parts.pool, dtype)
     parts.recorder.published(manifest, reports)
@@ -202,7 +202,7 @@ async def _initial_and_clone(parts: Parts, plan: warm_start.Plan) -> None:
         recorder.untouched(metrics)
         await cloning
     await parts.training.reset(str(plan.cloned))
-    manifest = await parts.training.publish(0)
+    manifest = await parts.training.publish(0, parts.pool.members())
     recorder.published(manifest, await parts.pool.publish(manifest))
     recorder.success["warm_start"] = await parts.evaluate(0)
 
@@ -256,6 +256,7 @@ def _parts(
         buffer=buffer,
         pool=actors.pool,
         training=actors.training,
+        by_turns=actors.plan.colocated,
         ledger=ledger,
         recorder=recorder,
     )

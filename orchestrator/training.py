@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from loopwright.actors.weights import WeightManifest
+from loopwright.actors.weights import ChannelLost, WeightManifest
 from loopwright.orchestrator.cluster import Actor
 from loopwright.orchestrator.faults import (
     ActorGone,
@@ -74,16 +74,28 @@ class Training:
         self._since.append((step, batch))
         return metrics
 
-    async def publish(self, version: int) -> WeightManifest:
-        """Write the weights into the channel; what engines are to read."""
+    async def publish(self, version: int, members: tuple[str, ...] = ()) -> WeightManifest:
+        """Send the weights on their way to the engines that `members` names; how they are to take
+        them."""
 
         async def call() -> WeightManifest:
             manifest: WeightManifest = await self._call(
-                "publish", version, waiting_for=f"publish of {version}"
+                "publish", version, members, waiting_for=f"publish of {version}"
             )
             return manifest
 
         return await self._robustly(call)
+
+    async def resend(self, version: int, members: tuple[str, ...]) -> WeightManifest:
+        """What was published last, for engines that missed it, also while a step is taken. Raises
+        `ChannelLost` where the trainer cannot send it now."""
+        try:
+            manifest: WeightManifest = await self._call(
+                "resend", version, members, waiting_for=f"another send of {version}"
+            )
+        except (ActorLost, DeadlinePassed) as error:
+            raise ChannelLost(f"version {version} cannot be sent again: {error}") from error
+        return manifest
 
     async def probe(self, token_ids: np.ndarray) -> np.ndarray:
         """Logprobs [T-1] of given tokens [T] under the current weights."""

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loopwright.actors.channels.channel import ChannelSettings, ImageChannel, open_channel
+from loopwright.actors.channels.channel import ImageChannel, open_channel
 from loopwright.actors.channels.delta import apply_change, bits_of, encode_change
 from loopwright.actors.channels.lowrank import Basis, apply_lowrank, encode_lowrank
+from loopwright.actors.channels.settings import ChannelSettings
 from loopwright.actors.shared_memory import SEGMENT_FOLDER
 from loopwright.actors.weights import ChannelLost, WeightError, decode, encode, manifest_checksums
 from tests.weight_sources import (

@@ -9,11 +9,14 @@ become views of it: trainer and engines then hold one copy of the base weights b
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from loopwright.actors.channels.channel import ChannelSettings, Segments, WeightSource
+from loopwright.actors.channels.channel import Segments, WeightSource
 from loopwright.actors.channels.collective import Host
 from loopwright.actors.channels.image import Image
+from loopwright.actors.channels.in_place import adopt
+from loopwright.actors.channels.settings import ChannelSettings
 from loopwright.actors.shared_memory import SharedWeights, unlink_stale
 from loopwright.actors.weights import ChannelLost, WeightError, WeightManifest, encode
 
@@ -25,6 +28,11 @@ class AdaptedSource(Protocol):
     """A trained model with LoRA adapters: base and adapter, apart."""
 
     scale: float
+
+    @property
+    def owner(self) -> object:
+        """Whose base it is: another object means another base."""
+        ...
 
     def base(self) -> WeightSource:
         """The frozen weights, under their Hugging Face names."""
@@ -68,6 +76,11 @@ class BackendAdapters:
                     f'rollout.channel = "shared_memory", which publishes merged weights'
                 )
 
+    @property
+    def owner(self) -> object:
+        """The backend."""
+        return self._backend
+
     def base(self) -> WeightSource:
         """The frozen weights."""
         return _Renamed(self._backend, self._base)
@@ -82,16 +95,7 @@ class BackendAdapters:
 
     def adopt_base(self, views: Mapping[str, Tensor]) -> bool:
         """Where the whole model is in this process, its frozen parameters become the views."""
-        if self._backend.ranks.size > 1:
-            return False
-        parameters = dict(self._backend.model.named_parameters(remove_duplicate=False))
-        for name, view in views.items():
-            mine = parameters[self._base[name]]
-            if mine.device != view.device or mine.dtype != view.dtype:
-                return False
-        for name, view in views.items():
-            parameters[self._base[name]].data = view
-        return True
+        return adopt(self._backend, self._base, views)
 
 
 class _Renamed:
@@ -103,10 +107,10 @@ class _Renamed:
     def published_shapes(self) -> dict[str, Tensor]:
         parameters = dict(self._backend.model.named_parameters(remove_duplicate=False))
         meta: dict[int, Tensor] = {}
-        return {
-            name: meta.setdefault(id(parameters[own]), parameters[own].detach().to("meta"))
-            for name, own in self._names.items()
-        }
+        for own in self._names.values():
+            p = parameters[own]  # whole shapes, also of a parameter that is spread over ranks
+            meta.setdefault(id(p), torch.empty(p.shape, dtype=p.dtype, device="meta"))
+        return {name: meta[id(parameters[own])] for name, own in self._names.items()}
 
     def published_buckets(self) -> Iterator[dict[str, Tensor]]:
         for name, own in self._names.items():
@@ -142,6 +146,7 @@ class AdapterChannel:
         self._base: Image | None = None  # for engines elsewhere
         self._base_manifest: WeightManifest | None = None
         self._adapter: Image | None = None
+        self._owner: object = None
         self._scale = 0.0
         self._members: tuple[str, ...] = ()
 
@@ -151,9 +156,9 @@ class AdapterChannel:
         """As `WeightChannel.publish`."""
         self._carrier.wait()
         shapes = source.published_shapes()
-        fresh = self._adapter is None or not self._adapter.fits(shapes)
+        fresh = self._adapter is None or source.owner is not self._owner
         if fresh:
-            self._adapter = Image(shapes)
+            self._adapter, self._owner = Image(shapes), source.owner
             self._take_base(source)
         assert self._adapter is not None
         self._adapter.fill(source.published_buckets())

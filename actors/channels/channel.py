@@ -16,41 +16,24 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from loopwright.actors.channels.collective import Host
+from loopwright.actors.channels.collective import Host, own_address
 from loopwright.actors.channels.delta import encode_change
 from loopwright.actors.channels.image import Image
 from loopwright.actors.channels.lowrank import Basis, encode_lowrank
+from loopwright.actors.channels.settings import ChannelSettings
 from loopwright.actors.shared_memory import Segment, SharedWeights, unlink_stale
 from loopwright.actors.weights import (
-    Carrier,
     ChannelLost,
     Kind,
     WeightManifest,
     checksum,
     copy_and_checksum,
 )
-
-ChannelName = Literal["shared_memory", "collective", "ipc", "adapter", "delta", "lowrank_delta"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChannelSettings:
-    """How weights travel; the same for the trainer and, through the manifest, for every engine."""
-
-    channel: ChannelName = "shared_memory"
-    carrier: Carrier = "shared_memory"  # of what the channel sends
-    device: str = "cpu"  # where trainer and engines compute
-    host: str = "127.0.0.1"  # collective: the trainer's address, as engines reach it
-    bucket_bytes: int = 16 << 20  # collective: bytes of one message
-    timeout_s: float = 60.0  # collective: for each wait
-    full_every: int = 20  # delta, lowrank_delta: versions from one full publish to the next
-    level: int = 1  # delta, lowrank_delta: of zstd
-    receivers_per_engine: int = 1  # workers of one engine that each take the weights
 
 
 class WeightSource(Protocol):
@@ -66,19 +49,20 @@ class WeightSource(Protocol):
 
 
 class WeightChannel(Protocol):
-    """The trainer's end. `publish` and `resend` may be called from two threads."""
+    """The trainer's end. `publish` and `resend` may be called from two threads. Ranks other than 0
+    return None."""
 
-    def publish(
-        self, version: int, source: WeightSource, members: tuple[str, ...]
-    ) -> WeightManifest:
+    def publish(self, version: int, source: Any, members: tuple[str, ...]) -> WeightManifest | None:
         """Make the current weights `version`, for the engines that `members` names; they take it
         through the manifest. Every engine must have answered for the version before.
 
-        `members` only tells whether they are the same engines, with the same lives, as last time.
+        `source` is a `WeightSource`; of the adapter channel an `AdaptedSource`, and of one in place
+        a trainer backend. `members` only tells whether they are the same engines, with the same
+        lives, as last time.
         """
         ...
 
-    def resend(self, version: int, members: tuple[str, ...]) -> WeightManifest:
+    def resend(self, version: int, members: tuple[str, ...]) -> WeightManifest | None:
         """The version that was published last, whole, for engines that missed it. Raises
         `ChannelLost` if this process has not published `version`."""
         ...
@@ -305,20 +289,23 @@ def open_channel(
     settings: ChannelSettings,
     run_name: str,
     bases: Callable[[], Mapping[str, Basis]] | None = None,
-) -> Any:
-    """The trainer's end of the channel that `settings` names. The adapter channel publishes an
-    `AdaptedSource`, every other one a `WeightSource`. Raises `WeightError` for one that this
-    machine cannot have."""
+) -> WeightChannel:
+    """The trainer's end of the channel that `settings` names. Raises `WeightError` for one that
+    this machine cannot have."""
     if settings.channel == "ipc":
         from loopwright.actors.channels.ipc import IpcChannel
 
         return IpcChannel(settings)
+    if settings.in_place and settings.channel == "shared_memory":
+        from loopwright.actors.channels.in_place import InPlaceChannel
+
+        return InPlaceChannel(run_name)
     if settings.channel == "shared_memory":
         return SharedMemoryChannel(run_name)
     carrier: Segments | Host = Segments(run_name)
     if settings.carrier == "collective":
         carrier = Host(
-            address=settings.host,
+            address=settings.host or own_address(),
             device=settings.device,
             timeout_s=settings.timeout_s,
             bucket_bytes=settings.bucket_bytes,

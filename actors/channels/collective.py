@@ -250,7 +250,7 @@ class Guest:
             )
         return connect(
             store, group, rank, receivers + 1,
-            address=_own_address(host), device=self._device, timeout_s=timeout_s,
+            address=own_address(host), device=self._device, timeout_s=timeout_s,
         )  # fmt: skip
 
 
@@ -275,10 +275,13 @@ def connect(
     return Chain(store, group, rank, size, address=address, timeout_s=timeout_s)
 
 
-def _own_address(host: str) -> str:
-    """The address of this machine on the way to `host`; nothing is sent."""
+def own_address(towards: str = "192.0.2.1") -> str:
+    """The address of this machine on the way to another one (by default any); nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))
+        try:
+            probe.connect((towards, 9))
+        except OSError:  # no route: this machine is alone
+            return "127.0.0.1"
         return str(probe.getsockname()[0])
 
 

@@ -15,8 +15,9 @@ import msgpack
 import torch
 from torch import Tensor
 
-from loopwright.actors.channels.channel import ChannelSettings, WeightSource
+from loopwright.actors.channels.channel import WeightSource
 from loopwright.actors.channels.image import Layout
+from loopwright.actors.channels.settings import ChannelSettings
 from loopwright.actors.weights import (
     ChannelLost,
     WeightError,

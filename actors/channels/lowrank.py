@@ -13,6 +13,7 @@ basis (if the engines do not have it), S in float32, and the correction.
 
 import struct
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from torch import Tensor
 
 from loopwright.actors.channels.delta import apply_change, encode_change
 from loopwright.actors.weights import WeightError, checksum
+from loopwright.algorithms.optimizers.bases import LowRank
+from loopwright.algorithms.optimizers.inner import ALL_ROWS
+from loopwright.algorithms.optimizers.pipeline import Pipeline
 
 _MARK = 7  # no form of `delta.py` begins with it
 _HEADER = struct.Struct("<BBIQQ")  # mark, left, rank, bytes of the basis, bytes of the factor
@@ -39,6 +43,24 @@ class Basis:
     def least_bytes(self, weight: Tensor) -> int:
         """Of the factor alone: a change that takes fewer is better sent as it is."""
         return 4 * self.vectors.shape[1] * weight.shape[1 if self.left else 0]
+
+
+def projector_bases(backend: Any) -> dict[str, Basis]:
+    """Parameter name -> the basis that a backend's optimizer projects its gradient on now.
+
+    Empty for optimizers without projectors, for bases that are coordinates or not orthonormal, and
+    for parameters spread over ranks: their changes travel as they are.
+    """
+    optimizer = getattr(backend, "optimizer", None)
+    if not isinstance(optimizer, Pipeline) or backend.ranks.size > 1:
+        return {}
+    found: dict[str, Basis] = {}
+    for slot in optimizer.slots:
+        kind, state = slot.recipe.basis, optimizer.state[slot.parameter]
+        if isinstance(kind, LowRank) and "basis" in state and slot.parameter.ndim == 2:
+            vectors = slot.recipe.basis_codec.read(state, "basis", ALL_ROWS)
+            found[slot.name] = Basis(vectors, left=kind.side_of(slot.layout) == "left")
+    return found
 
 
 def is_lowrank(code: bytes | memoryview) -> bool:
