@@ -8,7 +8,7 @@ from typing import Any
 from loopwright.actors.channels.settings import Carrier, ChannelName
 from loopwright.configs.channels import carrier_of, channel_option
 from loopwright.configs.schema import Config
-from loopwright.orchestrator.cluster import Needs, Resources
+from loopwright.orchestrator.resources import Needs, Resources
 
 _WORKER_CPUS = 0.5  # an environment worker mostly waits for engines
 

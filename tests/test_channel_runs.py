@@ -9,9 +9,9 @@ import pytest
 from loopwright.configs.load import ConfigError, load
 from loopwright.configs.schema import Config
 from loopwright.orchestrator.cli import DONE
-from loopwright.orchestrator.cluster import Resources
 from loopwright.orchestrator.placement import Plan, needs, plan
 from loopwright.orchestrator.replay import replay
+from loopwright.orchestrator.resources import Resources
 from tests.tiny_run import train, write_config
 
 COLLECTIVE = 'rollout.channel_options={carrier="collective"}'
