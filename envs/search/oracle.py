@@ -36,8 +36,9 @@ class Solver:
         """Turns, drawn between steps. `noise` says whether a query would be answered with noise
         now, `documents` are the newest search's, `taken` is the number of turns so far."""
         todo = self._queries()
-        known: list[str] = []
-        for at, (query, fact) in enumerate(todo):
+        known: list[str] = []  # of former questions the answering fact alone
+        chain = 0  # how many facts of the present question are in it
+        for at, (query, fact, last) in enumerate(todo):
             found = False
             while not found:
                 spare = self.turns - taken() - (len(todo) - at) - 1
@@ -51,14 +52,19 @@ class Solver:
                 if spare <= 0:
                     break
             known.append(self._learned(fact))
+            chain += 1
+            if last:
+                known[-chain:] = known[-1:]
+                chain = 0
         yield self._turn("answer", SEPARATOR.join(q.answers[0] for q in self.questions), known)
 
-    def _queries(self) -> Sequence[tuple[str, Fact | None]]:
+    def _queries(self) -> Sequence[tuple[str, Fact | None, bool]]:
+        """(query, the fact that it is for, whether that is its question's last)."""
         if self.world is None:
             texts = [text for q in self.questions for text in q.titles or (q.text,)]
-            return [(text, None) for text in texts[: self.turns - 1]]
+            return [(text, None, False) for text in texts[: self.turns - 1]]
         return [
-            (f"{fact.relation} {self.world.subject_name(fact)}", fact)
+            (f"{fact.relation} {self.world.subject_name(fact)}", fact, fact is q.facts[-1])
             for q in self.questions
             for fact in q.facts
         ]
