@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from loopwright.actors.checkpoint import save_weights
 from loopwright.actors.packed_forward import Sequences, micro_batches
@@ -65,6 +66,7 @@ def clone(
     threads: int = 1,
     token_budget: int = 2048,
     until_match: float = 1.0,
+    weights: Sequence[np.ndarray] | None = None,
     progress: Progress | None = None,
 ) -> CloningReport:
     """Train the model at `model_path` on `sequences` for at most `steps` optimizer steps, save it
@@ -74,7 +76,8 @@ def clone(
     often as it takes. Cloning ends early once the policy would write a demonstration it is about to
     learn from word for word with probability `until_match` (mean of the recent ones): RL is to do
     the rest, and a policy cloned to certainty no longer explores. Learning rate: warm-up over the
-    first 50 steps, then constant. Raises `CloningError` without demonstrations.
+    first 50 steps, then constant. `weights`, [T] for each demonstration, weigh its tokens in the
+    loss; without them all count the same. Raises `CloningError` without demonstrations.
     """
     started = time.perf_counter()
     if not sequences:
@@ -93,13 +96,14 @@ def clone(
     )
     backend = TorchBackend(settings)
     joined = _joined(sequences)
+    whole_weights = None if weights is None else np.concatenate(weights).astype(np.float32)
     losses: list[float] = []
     matches: deque[float] = deque(maxlen=_RECENT_STEPS)
     tokens = 0
     order = _endless_order(len(sequences), min(batch, len(sequences)), seed)
     for step in range(1, steps + 1):
         loss, seen, match = _cloning_step(
-            backend, joined, next(order), learning_rate(settings, step)
+            backend, joined, next(order), learning_rate(settings, step), whole_weights
         )
         losses.append(loss)
         matches.append(match)
@@ -140,7 +144,11 @@ def _endless_order(count: int, batch: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def _cloning_step(
-    backend: TorchBackend, sequences: Sequences, chosen: np.ndarray, rate: float
+    backend: TorchBackend,
+    sequences: Sequences,
+    chosen: np.ndarray,
+    rate: float,
+    weights: np.ndarray | None,
 ) -> tuple[float, int, float]:
     """One optimizer step; mean negative logprob and number of its action tokens, and the mean
     probability, before the step, of writing one of its demonstrations word for word."""
@@ -153,7 +161,8 @@ def _cloning_step(
         sequences, chosen, token_budget=settings.token_budget, device=settings.device
     ):
         lp = backend.forward(micro, temperature=1.0)
-        loss = -lp.sum() / max(tokens, 1)
+        weighed = lp if weights is None else lp * torch.from_numpy(weights[micro.tokens]).to(lp)
+        loss = -weighed.sum() / max(tokens, 1)
         backend.backward(loss)
         total += float(loss.detach())
         owner = np.searchsorted(sequences.starts, micro.tokens, side="right") - 1

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loopwright.algorithms.records import Context
+from loopwright.envs.actions import tool_name_span
 from loopwright.envs.protocol import Env, EnvError, Message, Observation, Task
 
 if TYPE_CHECKING:  # recording needs no tokenizer
@@ -82,6 +83,24 @@ def tokenize(demonstration: Demonstration, chat: "ChatFormat") -> list[Context]:
         else:
             pieces.append((tail[1:], -1))
     return contexts
+
+
+def key_tokens(
+    demonstration: Demonstration, contexts: Sequence[Context], chat: "ChatFormat"
+) -> list[np.ndarray]:
+    """Of each of the demonstration's contexts, the tokens [T] bool that name the tool called."""
+    masks = [np.zeros(len(c.token_ids), np.bool_) for c in contexts]
+    for context, mask in zip(contexts, masks, strict=True):
+        for turn in np.unique(context.turn_ids[context.action_mask]):
+            action, _ = demonstration.turns[int(turn)]
+            span = tool_name_span(action)
+            if span is None:
+                continue
+            encoded = chat.tokenizer(action, add_special_tokens=False, return_offsets_mapping=True)
+            places = np.flatnonzero(context.turn_ids == turn)
+            for place, (start, end) in zip(places, encoded["offset_mapping"], strict=False):
+                mask[place] = start < span[1] and end > span[0]
+    return masks
 
 
 def _context(pieces: Sequence[tuple[np.ndarray, int]]) -> Context:

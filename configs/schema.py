@@ -102,6 +102,13 @@ class WarmStartConfig(_Table):
         description="stop cloning at this probability of writing an unseen demonstration word for "
         "word; 1 = only after `steps`",
     )
+    key_token_weight: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="how far tokens that name a tool weigh more in cloning (TL-Training): 1 = as "
+        "much as all others together, 9 times at most; 0 = no more",
+    )
 
 
 class EnvironmentConfig(_Table):

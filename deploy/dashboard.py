@@ -1,6 +1,6 @@
 """Write the Grafana dashboard: the panels are named here, the JSON is made of them.
 
-    python deploy/dashboard.py > deploy/kubernetes/components/monitoring/loopwright.json
+python deploy/dashboard.py > deploy/kubernetes/components/monitoring/loopwright.json
 """
 
 import json
@@ -75,9 +75,7 @@ def dashboard() -> dict[str, Any]:
     }
 
 
-def _panel(
-    index: int, title: str, unit: str, lines: tuple[tuple[str, str], ...]
-) -> dict[str, Any]:
+def _panel(index: int, title: str, unit: str, lines: tuple[tuple[str, str], ...]) -> dict[str, Any]:
     row, column = divmod(index, _COLUMNS)
     return {
         "id": index + 1,

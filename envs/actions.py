@@ -56,6 +56,18 @@ def parse_action(text: str, action_format: ActionFormat) -> Call | Fault:
     return call if call is not None else Fault(category="parse", hint=_HINT[action_format])
 
 
+def tool_name_span(text: str) -> tuple[int, int] | None:
+    """Where the tool's name stands in an action of either format, as [start, end) in `text`; None
+    for text that is no action."""
+    formats: tuple[ActionFormat, ...] = ("call", "json")
+    for action_format in formats:
+        found = parse_action(text, action_format)
+        if isinstance(found, Call):
+            start = text.find(found.name, max(text.rfind("</think>"), 0))
+            return (start, start + len(found.name)) if start >= 0 else None
+    return None
+
+
 def render_action(call: Call, action_format: ActionFormat) -> str:
     """The text of an action; `parse_action` gives it back."""
     if action_format == "json":

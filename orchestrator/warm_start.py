@@ -128,6 +128,7 @@ async def clone(plan: Plan, recorder: Recorder) -> "CloningReport":
                     "lr": w.lr,
                     "seed": config.run.seed,
                     "until_match": w.until_match,
+                    "key_token_weight": w.key_token_weight,
                 },
                 timeout_s=config.cluster.step_timeout_s,
                 waiting_for="cloning",
