@@ -77,6 +77,11 @@ class DecodeBatch:
         """KV a request may come to need, in bytes."""
         return (len(request.prompt_ids) + limit) * self._model.kv_shape.token_bytes
 
+    @property
+    def kv_used_frac(self) -> float:
+        """Share of the KV budget that running sequences may come to need."""
+        return min(1.0, self._reserved_bytes / self._kv_limit_bytes)
+
     def has_room(self, request: GenerateRequest, limit: int) -> bool:
         """Whether a slot is free and the KV budget holds one more."""
         needed = self._reserved_bytes + self.kv_bytes_of(request, limit)
@@ -329,7 +334,8 @@ class DecodeBatch:
         self._greedy[row] = request.temperature == 0
         self._temperatures[row] = request.temperature or 1.0
         noise = np.random.Generator(np.random.Philox(key=request.seed & (2**64 - 1)))
-        self._uniforms[row, : sequence.limit] = noise.random(sequence.limit)
+        stream = noise.random(request.sampled + sequence.limit)
+        self._uniforms[row, : sequence.limit] = stream[request.sampled :]
 
     def _close_holes(self) -> None:
         """Move the last rows into empty ones, so that rows 0 … A-1 are all running."""

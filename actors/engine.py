@@ -43,6 +43,8 @@ class GenerateRequest:
     temperature: float = 1.0  # 0 is greedy (evaluation only)
     # of this request alone: the same seed and logits give the same tokens whatever else runs
     seed: int
+    # tokens of this turn that the prompt already ends with: the random stream goes on after them
+    sampled: int = 0
     priority: int = 0  # lower is served first (the ticket: the oldest group unblocks the trainer)
 
 
@@ -79,6 +81,8 @@ class EngineStats:
     cached_prefix_tokens: int
     busy_s: float  # seconds spent inside forward and sampling
     uptime_s: float
+    kv_used_frac: float = 0.0  # of the KV cache, by running sequences
+    preempted: int = 0  # running sequences that lost their KV for want of room
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -131,6 +131,7 @@ class EngineThread(threading.Thread):
             cached_prefix_tokens=batch.cached_prefix_tokens,
             busy_s=self._busy_s,
             uptime_s=time.perf_counter() - self._began,
+            kv_used_frac=batch.kv_used_frac,
         )
 
     def run(self) -> None:

@@ -1,20 +1,48 @@
 """Environment worker: many episodes at once on one event loop, each with an environment instance of
-its own."""
+its own.
+
+An episode outlives its engine. When that is lost, `play` returns `Parked`: the episode waits here,
+with all its tokens, until `go_on` names the engine to continue on.
+"""
 
 import asyncio
+import contextlib
 import os
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
-from loopwright.actors.episode import EpisodeLimits, Generate, play_episode
-from loopwright.algorithms.records import encode
+from loopwright.actors.engine import Completion, EngineError, GenerateRequest
+from loopwright.actors.episode import (
+    EngineLost,
+    EpisodeLimits,
+    Generate,
+    Progress,
+    play_episode,
+)
+from loopwright.algorithms.records import Rollout, encode
 from loopwright.envs import registry
 from loopwright.envs.protocol import Env, decode_task
 
 # transformers is imported where the tokenizer is loaded, in the worker's own process
 if TYPE_CHECKING:
     from loopwright.actors.chat import ChatFormat
+
+_PARKED_S = 1800.0  # nobody names another engine for so long: the episode is given up
+_TAKE_BACK_S = 5.0  # for an engine to hand out what it has of a turn
+
+
+class EngineClient(Protocol):
+    """A rollout actor, as seen from here."""
+
+    async def __call__(self, request: GenerateRequest) -> Completion:
+        """One completion. Raises `EngineLost` when the actor is gone or not yet serving."""
+        ...
+
+    async def cancel(self, request_id: str) -> bool:
+        """End a request early: it is answered with what there is."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +58,7 @@ class WorkerSettings:
 class EpisodeOrder:
     """One episode to play."""
 
+    key: str  # of this playing of it, among all that the worker plays
     task: bytes  # `encode_task`
     attempt: int
     engine: int  # which engine serves all its turns (sticky: its prefix stays cached there)
@@ -38,8 +67,52 @@ class EpisodeOrder:
     limits: EpisodeLimits
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parked:
+    """The episode's engine is lost; it waits for `go_on`, and nothing it has is lost."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """The episode was taken back; how far it had come."""
+
+    turns: int
+    tokens: int
+    seconds: float
+
+
 class WorkerLost(Exception):
-    """This process was restarted and does not know yet who generates."""
+    """This process was restarted: it does not know who generates, or the episode asked for."""
+
+
+@dataclass(slots=True, eq=False)
+class _Playing:
+    """An episode under way."""
+
+    client: EngineClient
+    started: float = field(default_factory=time.monotonic)
+    progress: Progress = field(default_factory=Progress)
+    parked: "asyncio.Event" = field(default_factory=asyncio.Event)
+    why: str = ""  # it is parked
+    seat: "asyncio.Future[EngineClient] | None" = None
+    task: "asyncio.Task[Rollout] | None" = None
+
+    async def another(self, why: str) -> Generate:
+        """Park until `go_on`."""
+        self.seat = asyncio.get_running_loop().create_future()
+        self.why = why
+        self.parked.set()
+        async with asyncio.timeout(_PARKED_S):
+            self.client = await self.seat
+        return self.client
+
+    def cut(self) -> Cut:
+        """How far it has come."""
+        p = self.progress
+        seconds = time.monotonic() - self.started
+        return Cut(turns=p.turns, tokens=p.tokens, seconds=seconds)
 
 
 class EnvWorker:
@@ -47,13 +120,13 @@ class EnvWorker:
 
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
-        self._engines: Sequence[Generate] = ()
+        self._engines: Sequence[EngineClient] = ()
         self._loaded_chat: ChatFormat | None = None
         self._idle: list[Env] = []
-        self._playing = 0
+        self._playing: dict[str, _Playing] = {}
         self._played = 0
 
-    async def start(self, engines: Sequence[Generate]) -> int:
+    async def start(self, engines: Sequence[EngineClient]) -> int:
         """Load the tokenizer, build one environment, learn who generates; the process id."""
         self._chat()
         if not self._idle:
@@ -61,42 +134,100 @@ class EnvWorker:
         self._engines = engines
         return os.getpid()
 
-    async def play(self, order: EpisodeOrder) -> bytes:
+    async def play(self, order: EpisodeOrder) -> bytes | Parked | Cut:
         """Play one episode; the encoded `Rollout`, also when the infrastructure failed. Raises
         `TaskError`, and `WorkerLost` before `start`."""
         if not self._engines:
             raise WorkerLost("restarted, and not started yet")
-        env = self._idle.pop() if self._idle else self._build()
-        self._playing += 1
-        try:
-            rollout = await play_episode(
-                env,
-                decode_task(order.task),
-                order.attempt,
-                self._engines[order.engine],
-                self._chat(),
-                order.limits,
-                seed=order.seed,
-                priority=order.priority,
-            )
-        finally:
-            self._playing -= 1
-        if rollout.fault:
-            await _close_quietly(env)
-        else:
-            self._idle.append(env)
-        self._played += 1
-        return encode(rollout)
+        playing = _Playing(self._engines[order.engine])
+        playing.task = asyncio.create_task(self._rollout(order, playing))
+        self._playing[order.key] = playing
+        return await self._outcome(order.key, playing)
+
+    async def go_on(self, key: str, engine: int) -> bytes | Parked | Cut:
+        """Continue a parked episode on another engine; as `play`."""
+        playing = self._known(key)
+        if playing.seat is None or playing.seat.done():
+            raise WorkerLost(f"episode {key} does not wait for an engine")
+        playing.parked.clear()
+        playing.seat.set_result(self._engines[engine])
+        return await self._outcome(key, playing)
+
+    async def take_back(self, key: str) -> Cut | None:
+        """End an episode early; how far it had come, or None if it is over already. Whoever waits
+        in `play` or `go_on` gets the same."""
+        playing = self._playing.get(key)
+        if playing is None or playing.task is None:
+            return None
+        playing.progress.taken_back = True
+        if playing.progress.request_id:
+            with contextlib.suppress(EngineLost, EngineError, TimeoutError):
+                async with asyncio.timeout(_TAKE_BACK_S):
+                    await playing.client.cancel(playing.progress.request_id)
+                    await asyncio.wait([playing.task])
+        playing.task.cancel()
+        await asyncio.wait([playing.task], timeout=_TAKE_BACK_S)
+        self._playing.pop(key, None)
+        return playing.cut()
 
     async def ping(self) -> dict[str, int]:
         """Proof of life: process id and counters."""
-        return {"pid": os.getpid(), "playing": self._playing, "played": self._played}
+        return {"pid": os.getpid(), "playing": len(self._playing), "played": self._played}
 
     async def close(self) -> None:
         """Close every idle environment."""
         for env in self._idle:
             await _close_quietly(env)
         self._idle.clear()
+
+    async def _outcome(self, key: str, playing: _Playing) -> bytes | Parked | Cut:
+        """Wait until the episode is over, or has to wait for an engine."""
+        task = playing.task
+        assert task is not None
+        parked = asyncio.create_task(playing.parked.wait())
+        try:
+            await asyncio.wait([task, parked], return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                return Parked(why=playing.why)
+            self._playing.pop(key, None)
+            if playing.progress.taken_back:
+                return playing.cut()
+            return encode(task.result())
+        except asyncio.CancelledError:  # the caller does not wait any more
+            task.cancel()
+            raise
+        finally:
+            parked.cancel()
+
+    async def _rollout(self, order: EpisodeOrder, playing: _Playing) -> Rollout:
+        env = self._idle.pop() if self._idle else self._build()
+        reusable = False
+        try:
+            rollout = await play_episode(
+                env,
+                decode_task(order.task),
+                order.attempt,
+                playing.client,
+                self._chat(),
+                order.limits,
+                seed=order.seed,
+                priority=order.priority,
+                another=playing.another,
+                progress=playing.progress,
+            )
+            reusable = not rollout.fault
+            self._played += 1
+            return rollout
+        finally:
+            if reusable:
+                self._idle.append(env)
+            else:
+                await _close_quietly(env)
+
+    def _known(self, key: str) -> _Playing:
+        if key not in self._playing:
+            raise WorkerLost(f"restarted: it does not know episode {key}")
+        return self._playing[key]
 
     def _chat(self) -> "ChatFormat":
         from loopwright.actors.chat import ChatFormat

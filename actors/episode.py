@@ -18,12 +18,18 @@ if TYPE_CHECKING:  # the controller reads the limits and error types only, witho
     from loopwright.actors.chat import ChatFormat
 
 T = TypeVar("T")
-ENGINE_FAULT = "engine lost"  # how the fault of a rollout whose engine died begins
 Generate = Callable[[GenerateRequest], Awaitable[Completion]]
+Another = Callable[[str], Awaitable[Generate]]  # of (why the present engine is no good)
+PIECE_TOKENS = 512  # of one request: what a dying engine can take with it, at most
+_ABORTED_PAUSE_S = 0.05
 
 
 class EngineLost(Exception):
-    """The engine that served an episode died or does not answer: an infrastructure fault."""
+    """The engine that served an episode died or does not answer: the episode goes on elsewhere."""
+
+
+class TakenBack(Exception):
+    """The episode was taken back while it was played: it has no rollout and no reward."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +41,23 @@ class EpisodeLimits:
     max_context: int  # tokens, prompt and completions together
     timeout_s: float  # whole episode; beyond it the episode is an infrastructure fault
     temperature: float
+    piece_tokens: int = PIECE_TOKENS  # a longer turn is asked for in pieces, each of them safe
+
+
+@dataclass(slots=True)
+class Progress:
+    """What is known of an episode so far, kept outside its coroutine: for a timeout to report, and
+    for whoever takes the episode back."""
+
+    phase: str = "reset"
+    turns: int = 0  # whole ones
+    tokens: int = 0  # chosen by the policy
+    saved_tokens: int = 0  # of those, sampled by an engine that died afterwards
+    requests: int = 0
+    request_id: str = ""  # of the turn being generated
+    generate_s: float = 0.0
+    environment_s: float = 0.0
+    taken_back: bool = False
 
 
 class _Transcript:
@@ -80,17 +103,6 @@ class _Transcript:
         )
 
 
-@dataclass(slots=True)
-class _Progress:
-    """What is known of an episode so far, kept outside the coroutine so that a timeout can still
-    report it."""
-
-    phase: str = "reset"
-    turns: int = 0
-    generate_s: float = 0.0
-    environment_s: float = 0.0
-
-
 async def play_episode(
     env: Env,
     task: Task,
@@ -101,21 +113,32 @@ async def play_episode(
     *,
     seed: int,
     priority: int,
+    another: Another | None = None,
+    progress: Progress | None = None,
 ) -> Rollout:
     """Play `task` once. Never raises for what the policy, the environment or the engine did: a
     fault of the infrastructure comes back as a rollout whose outcome is `infra_fault` and whose
-    `fault` says what broke. Only `TaskError` goes through: the task is to be quarantined."""
-    progress = _Progress()
+    `fault` says what broke. A lost engine is no fault where `another` finds one to go on with.
+
+    Two things go through: `TaskError` (the task is to be quarantined), and `TakenBack`.
+    """
+    progress = Progress() if progress is None else progress
     started = time.monotonic()
-    session = f"{task.id}/{attempt}/{seed:x}"
+    speaker = _Speaker(
+        generate=generate,
+        another=another,
+        chat=chat,
+        limits=limits,
+        session=f"{task.id}/{attempt}/{seed:x}",
+        seed=seed,
+        priority=priority,
+        progress=progress,
+    )
     try:
         async with asyncio.timeout(limits.timeout_s) as deadline:
-            rollout = await _play(
-                env, task, attempt, generate, chat, limits, seed, priority, session, progress
-            )
-    except EngineLost as error:
-        fault = f"{ENGINE_FAULT}: {error}"
-    except TaskError:
+            speaker.deadline = deadline
+            rollout = await _play(env, task, attempt, speaker)
+    except (TaskError, TakenBack):
         raise
     except Exception as error:  # noqa: BLE001 a world may raise anything; the fault is data
         if isinstance(error, TimeoutError) and deadline.expired():  # not one that the world raised
@@ -143,18 +166,8 @@ async def play_episode(
     )
 
 
-async def _play(
-    env: Env,
-    task: Task,
-    attempt: int,
-    generate: Generate,
-    chat: "ChatFormat",
-    limits: EpisodeLimits,
-    seed: int,
-    priority: int,
-    session: str,
-    progress: _Progress,
-) -> Rollout:
+async def _play(env: Env, task: Task, attempt: int, speaker: "_Speaker") -> Rollout:
+    chat, limits, progress = speaker.chat, speaker.limits, speaker.progress
     observation = await _timed(env.reset(task), progress, "reset")
     transcript = _Transcript(chat.open(observation.messages, observation.tools))
     former: list[Context] = []  # contexts that the environment has replaced by fresh ones
@@ -168,21 +181,7 @@ async def _play(
         if room < 1:
             end_reason, policy_fault = EndReason.LENGTH, True
             break
-        progress.phase = "generate"
-        before = time.monotonic()
-        completion = await generate(
-            GenerateRequest(
-                request_id=f"{session}/{progress.turns}",
-                session=session,
-                prompt_ids=prompt,
-                max_new_tokens=min(limits.max_new_tokens, room),
-                stop_token_ids=chat.stop_token_ids,
-                temperature=limits.temperature,
-                seed=_turn_seed(seed, progress.turns),
-                priority=priority,
-            )
-        )
-        progress.generate_s += time.monotonic() - before
+        completion = await speaker.turn(prompt, min(limits.max_new_tokens, room))
         transcript.add_completion(completion, progress.turns)
         progress.turns += 1
         step = await _timed(env.step(chat.decode(completion.token_ids)), progress, "step")
@@ -215,6 +214,105 @@ async def _play(
         turns=progress.turns,
         seconds={"generate": progress.generate_s, "environment": progress.environment_s},
         tool_errors=dict(signals),
+        saved_tokens=progress.saved_tokens,
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class _Speaker:
+    """Gets the policy's turns from an engine, and from another one when that is lost."""
+
+    generate: Generate
+    another: Another | None
+    chat: "ChatFormat"
+    limits: EpisodeLimits
+    session: str
+    seed: int
+    priority: int
+    progress: Progress
+    deadline: asyncio.Timeout | None = None
+
+    async def turn(self, prompt: np.ndarray, budget: int) -> Completion:
+        """One turn after `prompt` [T] int32, of at most `budget` tokens.
+
+        What an engine has handed out stays: the next one, or the same one after an abort, is asked
+        to go on from exactly these tokens, at the place of the random stream where it stopped.
+        """
+        progress = self.progress
+        progress.phase = "generate"
+        turn_seed = _turn_seed(self.seed, progress.turns)
+        pieces: list[Completion] = []
+        sampled = 0
+        before = time.monotonic()
+        while True:
+            asked = min(budget - sampled, self.limits.piece_tokens)
+            progress.requests += 1
+            progress.request_id = f"{self.session}/{progress.turns}.{progress.requests}"
+            request = GenerateRequest(
+                request_id=progress.request_id,
+                session=self.session,
+                prompt_ids=np.concatenate([prompt, *(p.token_ids for p in pieces)]),
+                max_new_tokens=asked,
+                stop_token_ids=self.chat.stop_token_ids,
+                temperature=self.limits.temperature,
+                seed=turn_seed,
+                sampled=sampled,
+                priority=self.priority,
+            )
+            try:
+                piece = await self.generate(request)
+            except EngineLost as error:
+                await self._go_elsewhere(error)
+                continue
+            finally:
+                progress.request_id = ""
+            pieces.append(piece)
+            sampled += piece.token_ids.size
+            progress.tokens += piece.token_ids.size
+            if progress.taken_back:
+                raise TakenBack
+            if piece.finish_reason is FinishReason.CANCELLED:  # the engine's own doing
+                if sampled < budget:
+                    await asyncio.sleep(0 if piece.token_ids.size else _ABORTED_PAUSE_S)
+                    continue
+            elif (
+                piece.finish_reason is FinishReason.LENGTH
+                and sampled < budget
+                and piece.token_ids.size == asked  # a shorter one has filled the engine's context
+            ):
+                continue
+            progress.generate_s += time.monotonic() - before
+            return _joined(pieces)
+
+    async def _go_elsewhere(self, error: EngineLost) -> None:
+        """Wait for another engine; the clock of the episode stands still meanwhile."""
+        if self.another is None:
+            raise error
+        self.progress.request_id = ""  # nothing is being generated
+        loop, deadline = asyncio.get_running_loop(), self.deadline
+        ends = deadline.when() if deadline is not None else None
+        before = loop.time()
+        if deadline is not None:
+            deadline.reschedule(None)
+        self.generate = await self.another(str(error))
+        if deadline is not None and ends is not None:
+            deadline.reschedule(ends + loop.time() - before)
+        if self.progress.taken_back:
+            raise TakenBack
+        self.progress.saved_tokens = self.progress.tokens
+
+
+def _joined(pieces: list[Completion]) -> Completion:
+    """The pieces of a turn as one completion, which ended as the last of them did."""
+    if len(pieces) == 1 and pieces[0].finish_reason is not FinishReason.CANCELLED:
+        return pieces[0]
+    ended = pieces[-1].finish_reason
+    return Completion(
+        request_id=pieces[0].request_id,
+        token_ids=np.concatenate([p.token_ids for p in pieces]),
+        logprobs=np.concatenate([p.logprobs for p in pieces]),
+        versions=np.concatenate([p.versions for p in pieces]),
+        finish_reason=FinishReason.LENGTH if ended is FinishReason.CANCELLED else ended,
     )
 
 
@@ -226,7 +324,7 @@ def _reply(step: Step, completion: Completion, chat: "ChatFormat") -> np.ndarray
     return chat.extend(step.observation.messages, last)
 
 
-async def _timed(call: Awaitable[T], progress: _Progress, phase: str) -> T:
+async def _timed(call: Awaitable[T], progress: Progress, phase: str) -> T:
     progress.phase = phase
     before = time.monotonic()
     try:

@@ -42,6 +42,10 @@ class RolloutActor:
             raise EngineLost("restarted, and not yet given the current weights")
         return await self._engine.generate(request)
 
+    async def cancel(self, request_id: str) -> bool:
+        """End a turn early: its `generate` returns what it has. False if it is not running."""
+        return self._serving and await self._engine.cancel(request_id)
+
     async def update(self, manifest: WeightManifest, on_update: OnUpdate) -> UpdateReport:
         """Take published weights and serve from them. Raises `EngineLost` in a process that was
         restarted and not started since."""

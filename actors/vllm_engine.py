@@ -198,6 +198,8 @@ class VllmEngine:
             cached_prefix_tokens=self._meter.cached_prefix_tokens,
             busy_s=self._meter.busy_s,
             uptime_s=time.monotonic() - self._started_at,
+            kv_used_frac=self._meter.kv_used_frac,
+            preempted=self._meter.preempted,
         )
 
     async def close(self) -> None:
@@ -351,7 +353,8 @@ def _sampling_params(request: GenerateRequest, *, max_tokens: int) -> "SamplingP
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=request.temperature,
-        seed=request.seed,
+        # vLLM cannot go on inside a random stream: a resumed turn gets another one
+        seed=(request.seed + request.sampled) & 0x7FFF_FFFF_FFFF_FFFF,
         stop_token_ids=list(request.stop_token_ids),
         ignore_eos=True,  # the request names every stop token
         logprobs=0,  # of the sampled token alone

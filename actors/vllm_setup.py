@@ -190,6 +190,8 @@ class StepMeter:
         self.prefill_tokens = 0
         self.cached_prefix_tokens = 0
         self.busy_s = 0.0
+        self.kv_used_frac = 0.0
+        self.preempted = 0
         self._last_step_at = time.monotonic()
 
     def record(
@@ -206,8 +208,10 @@ class StepMeter:
         self._last_step_at = now
         if scheduler_stats is not None:
             self.running = scheduler_stats.num_running_reqs
+            self.kv_used_frac = scheduler_stats.kv_cache_usage
         if iteration_stats is not None:
             self.generated_tokens += iteration_stats.num_generation_tokens
+            self.preempted += iteration_stats.num_preempted_reqs
             self.prefill_tokens += iteration_stats.prompt_token_stats.computed
             self.cached_prefix_tokens += iteration_stats.prompt_token_stats.local_cache_hit
 

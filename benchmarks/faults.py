@@ -82,7 +82,7 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
     with resumed:
         if code := resumed.finish():
             raise SystemExit(f"the resumed run ended with {code}: {resumed.reason()}")
-    found = audit(run.folder / "ledger" / FILE, groups_per_step=GROUPS_PER_STEP)
+    found = audit(run.folder / "ledger" / FILE)
     trained = {pair for step in resumed.ledger().trained.values() for pair in step}
     for kind, row in table.items():
         due = {pair for pair in seen[kind] if pair[0] < STEPS * GROUPS_PER_STEP}

@@ -53,9 +53,39 @@ def _masks(c: Config) -> bool:
     return c.algorithm.mismatch in ("masked_is", "sequence_mask", "geometric_mask")
 
 
+def _scheduling(c: Config) -> Iterator[tuple[bool, str, str]]:
+    """What bounds each other in how far generation runs ahead, and whom a step waits for."""
+    r = c.rollout
+    largest = max(1, r.max_lag * r.groups_per_step)
+    yield (
+        r.window <= largest,
+        "rollout.window",
+        f"at most {largest} = rollout.max_lag * rollout.groups_per_step (1 where that is 0): with "
+        "a larger one too few groups are in the making to pass a straggler by",
+    )
+    yield (
+        r.window == 1 or r.cut == 1,
+        "rollout.window",
+        f"1 with rollout.cut = {r.cut}: both are reliefs for stragglers, choose one",
+    )
+    yield (
+        not r.dynamic_sampling or r.group_size > 1,
+        "rollout.dynamic_sampling",
+        "false with rollout.group_size = 1: one reward never differs",
+    )
+    least = max(2, round(r.cut_group * r.group_size))
+    yield (
+        r.cut == 1 or least < r.group_size,
+        "rollout.cut_group",
+        f"a share below 1 that leaves out somebody of rollout.group_size = {r.group_size}: with "
+        f"{least} needed of each group there is nobody to cancel (at least 2 are always needed)",
+    )
+
+
 def _limits(c: Config) -> Iterator[tuple[bool, str, str]]:
     """(holds, key, what is expected) for each pair of keys that bound each other."""
     rollouts = c.rollout.group_size * c.rollout.groups_per_step
+    yield from _scheduling(c)
     yield (
         c.rollout.group_size >= 2 or c.algorithm.advantage == "gae",
         "rollout.group_size",
@@ -207,6 +237,7 @@ def _unused(c: Config) -> Iterator[tuple[bool, str, tuple[str, ...]]]:
     yield not penalty or critic, f"{kl}, for which all rollouts stay", ("algorithm.drop_below",)
     optimizer = f"trainer.optimizer = {c.trainer.optimizer!r} (put it into optimizer_options)"
     yield c.trainer.optimizer == "adamw", optimizer, ("trainer.betas", "trainer.eps")
+    yield c.rollout.cut < 1, "rollout.cut = 1 (no cut)", ("rollout.cut_group",)
     lora = ("model.lora_alpha", "model.lora_targets")
     yield c.model.lora_rank > 0, "model.lora_rank = 0", lora
 

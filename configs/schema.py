@@ -158,6 +158,33 @@ class RolloutConfig(_Table):
     max_lag: int = Field(
         1, ge=0, description="largest policy lag a rollout may have when used; 0 = synchronous"
     )
+    window: int = Field(
+        1,
+        ge=1,
+        description="W: a step takes whole groups from the W oldest; 1 = strictly the oldest. "
+        "Fewer groups are then in the making, so that max_lag stays the bound",
+    )
+    cut: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of a step's rollouts after which it goes on; the rest is cancelled; "
+        "1 = wait for all",
+    )
+    cut_group: float = Field(
+        0.75,
+        gt=0,
+        le=1,
+        description="share of each group's rollouts, at least 2, that a cut step must have",
+    )
+    dynamic_sampling: bool = Field(
+        False,
+        description="play another task in place of one whose rollouts all earned the same, twice "
+        "at most",
+    )
+    adaptive_concurrency: bool = Field(
+        False, description="start fewer episodes on an engine whose KV cache is full"
+    )
     on_update: Literal["continue", "recompute", "finish"] = Field(
         "continue",
         description="running sequences at a publish: go on under the new weights with the keys and "

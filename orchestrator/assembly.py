@@ -9,8 +9,9 @@ from typing import Any
 from loopwright.actors.channels.settings import ChannelSettings
 from loopwright.actors.engine import EngineSettings
 from loopwright.actors.env_worker import WorkerSettings
-from loopwright.actors.episode import EpisodeLimits
+from loopwright.actors.episode import PIECE_TOKENS, EpisodeLimits
 from loopwright.actors.vllm_setup import VLLM_CPU_ENVIRONMENT
+from loopwright.algorithms.admission import Schedule
 from loopwright.algorithms.advantages import CRITIC
 from loopwright.configs.channels import channel_option
 from loopwright.configs.schema import Config
@@ -22,7 +23,7 @@ from loopwright.orchestrator.faults import Refused, RestartBudget
 from loopwright.orchestrator.pool import Deadlines, FaultLimits, Pool
 from loopwright.orchestrator.recorder import Recorder
 from loopwright.orchestrator.samplers import Draws
-from loopwright.orchestrator.tasks import Played
+from loopwright.orchestrator.tasks import DRAWS, Played
 from loopwright.orchestrator.training import Training
 
 
@@ -69,6 +70,19 @@ def environment_options(config: Config) -> dict[str, Any]:
     return {"members": e.mix} if e.mix else dict(e.options)
 
 
+def schedule(config: Config) -> Schedule:
+    """How far generation runs ahead, and whom a step waits for."""
+    r = config.rollout
+    return Schedule(
+        groups_per_step=r.groups_per_step,
+        max_lag=r.max_lag,
+        group_size=r.group_size,
+        window=r.window,
+        cut=r.cut,
+        cut_group=r.cut_group,
+    )
+
+
 def episode_limits(config: Config, *, evaluation: bool) -> EpisodeLimits:
     """Budgets of an episode in training or in evaluation."""
     e = config.environment
@@ -78,7 +92,14 @@ def episode_limits(config: Config, *, evaluation: bool) -> EpisodeLimits:
         max_context=e.max_context,
         timeout_s=e.episode_timeout_s,
         temperature=config.evaluation.temperature if evaluation else config.rollout.temperature,
+        # "finish": a turn has one version, so it is one request
+        piece_tokens=e.max_new_tokens if config.rollout.on_update == "finish" else PIECE_TOKENS,
     )
+
+
+def draws_of_a_ticket(config: Config) -> int:
+    """How many tasks a ticket may have: more than one where a group may be replaced."""
+    return DRAWS if config.rollout.dynamic_sampling else 1
 
 
 def draws(config: Config, env: Env, played: Mapping[int, Played]) -> Draws:
@@ -93,6 +114,7 @@ def draws(config: Config, env: Env, played: Mapping[int, Played]) -> Draws:
         groups_per_step=r.groups_per_step,
         max_lag=r.max_lag,
         played=played,
+        draws=draws_of_a_ticket(config),
     )
 
 
@@ -160,6 +182,7 @@ def spawn(cluster: Cluster, config: Config, model_path: str, recorder: Recorder)
         ),
         restarts=restarts,
         on_update=config.rollout.on_update,
+        most_episodes=2 * config.rollout.concurrency if config.rollout.adaptive_concurrency else 0,
         event=recorder.event,
         resend=training.resend,
     )

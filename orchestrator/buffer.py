@@ -1,14 +1,14 @@
-"""The group buffer: tickets in admission order, and with them the bound on policy lag.
+"""The group buffer: tickets, the groups fulfilled under them, and who waits for whom.
 
-Ticket t belongs to step t // P (P = groups per step), which trains with version t // P and produces
-the next one. A ticket is admitted only while t < (version + max_lag + 1) * P, so whatever its
-episodes sample, they sample from version t // P - max_lag or later: the lag cannot exceed
-`max_lag`. Steps take tickets in admission order, and `release` follows the publish of the new
-version. Nothing here knows actors, Ray, or what a group is made of.
+The rules are in `algorithms/admission.py`: which ticket may be admitted, which tickets make the
+next step, whom a step no longer waits for. Here they get an event loop, deadlines, and the check
+that no rollout is older than the bound allows. Nothing here knows actors or Ray.
 """
 
 import asyncio
+from collections.abc import Collection, Mapping
 
+from loopwright.algorithms.admission import Admission, Schedule
 from loopwright.algorithms.records import Group
 from loopwright.orchestrator.faults import DeadlinePassed, RunError
 
@@ -20,58 +20,93 @@ class LagExceeded(RunError):
 class GroupBuffer:
     """Admits tickets, keeps fulfilled groups, hands them out oldest first."""
 
-    def __init__(self, *, groups_per_step: int, max_lag: int, version: int = 0) -> None:
-        if groups_per_step < 1 or max_lag < 0:
-            raise ValueError(
-                f"groups_per_step {groups_per_step} ≥ 1 and max_lag {max_lag} ≥ 0 expected"
-            )
-        self.groups_per_step = groups_per_step
-        self.max_lag = max_lag
-        self.version = version
-        self._next_ticket = version * groups_per_step
-        self._ready: dict[int, Group] = {}
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        version: int = 0,
+        consumed: Collection[int] | None = None,
+        planned: Mapping[int, tuple[int, ...]] | None = None,
+    ) -> None:
+        self.schedule = schedule
+        self._admission = Admission(schedule, version=version, consumed=consumed, planned=planned)
+        self._groups: dict[int, Group] = {}
+        self._taken: tuple[int, ...] = ()
         self._changed = asyncio.Condition()
 
     @property
+    def version(self) -> int:
+        """The version that engines hold; its step is the last one published."""
+        return self._admission.version
+
+    @property
     def admitted(self) -> int:
-        """Tickets admitted and not yet taken."""
-        return self._next_ticket - self.version * self.groups_per_step
+        """Tickets admitted and not yet released."""
+        return self._admission.outstanding
 
     @property
     def ready(self) -> int:
-        """Groups fulfilled and not yet taken."""
-        return len(self._ready)
+        """Groups fulfilled and not yet released."""
+        return len(self._groups)
+
+    @property
+    def oldest(self) -> int:
+        """The lowest ticket that somebody may still ask for."""
+        return self._admission.oldest
 
     async def admit(self) -> int:
         """The next ticket, as soon as the lag bound allows it."""
         async with self._changed:
-            await self._changed.wait_for(self._may_admit)
-            ticket = self._next_ticket
-            self._next_ticket += 1
-            return ticket
+            await self._changed.wait_for(self._admission.may_admit)
+            return self._admission.admit()
+
+    async def arrived(self, ticket: int) -> None:
+        """A rollout of the ticket's group is in."""
+        async with self._changed:
+            self._admission.arrived(ticket)
+            self._changed.notify_all()
+
+    async def redrawn(self, ticket: int) -> None:
+        """The ticket's group teaches nothing; another is played in its place."""
+        async with self._changed:
+            self._admission.redrawn(ticket)
+
+    def is_cut(self, ticket: int) -> bool:
+        """Whether the ticket's step goes on without what is missing from its group."""
+        return self._admission.is_cut(ticket)
+
+    async def until_cut(self, ticket: int) -> None:
+        """Until the ticket's step goes on without what is missing from its group."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._admission.is_cut(ticket))
 
     async def fulfil(self, group: Group) -> None:
         """Put a finished group under its ticket."""
         async with self._changed:
-            if group.ticket in self._ready or not self._first <= group.ticket < self._next_ticket:
-                raise RunError(f"ticket {group.ticket} is fulfilled twice or was never admitted")
-            self._ready[group.ticket] = group
+            try:
+                self._admission.fulfil(group.ticket, len(group.rollouts))
+            except ValueError as error:
+                raise RunError(str(error)) from None
+            self._groups[group.ticket] = group
             self._changed.notify_all()
 
     async def take(self, *, timeout_s: float) -> list[Group]:
-        """The groups of the next step, in admission order, once all of them are fulfilled."""
-        wanted = range(self._first, self._first + self.groups_per_step)
+        """The groups of the next step, in order of admission, once they are fulfilled."""
         try:
             async with asyncio.timeout(timeout_s), self._changed:
-                await self._changed.wait_for(lambda: all(t in self._ready for t in wanted))
+                while (chosen := self._admission.choose()) is None:
+                    if self._admission.stragglers():
+                        self._changed.notify_all()
+                    await self._changed.wait()
         except TimeoutError:
-            missing = [t for t in wanted if t not in self._ready]
+            missing = self._admission.missing()
             raise DeadlinePassed(
-                f"batch of step {self.version + 1}: groups {missing[:8]} of {len(missing)} missing "
-                f"after {timeout_s:g} s; lower environment.episode_timeout_s or raise "
+                f"batch of step {self.version + 1}: groups {list(missing[:8])} of {len(missing)} "
+                f"missing after {timeout_s:g} s; lower environment.episode_timeout_s or raise "
                 "cluster.step_timeout_s"
             ) from None
-        groups = [self._ready[t] for t in wanted]
+        self._taken = chosen
+        groups = [self._groups[t] for t in chosen]
         for group in groups:
             self._assert_lag(group)
         return groups
@@ -81,24 +116,17 @@ class GroupBuffer:
         async with self._changed:
             if version != self.version + 1:
                 raise RunError(f"version {version} published after {self.version}")
-            for ticket in range(self._first, self._first + self.groups_per_step):
-                del self._ready[ticket]
-            self.version = version
+            self._admission.release(self._taken)
+            for ticket in self._taken:
+                del self._groups[ticket]
             self._changed.notify_all()
-
-    @property
-    def _first(self) -> int:
-        return self.version * self.groups_per_step
-
-    def _may_admit(self) -> bool:
-        return self._next_ticket < (self.version + self.max_lag + 1) * self.groups_per_step
 
     def _assert_lag(self, group: Group) -> None:
         oldest = min(
             (r.oldest_version for r in group.rollouts if r.oldest_version >= 0), default=None
         )
-        if oldest is not None and self.version - oldest > self.max_lag:
+        if oldest is not None and self.version - oldest > self.schedule.max_lag:
             raise LagExceeded(
                 f"group {group.ticket} ({group.task_id}) holds tokens of version {oldest}, trained "
-                f"at {self.version}: lag {self.version - oldest} > max_lag {self.max_lag}"
+                f"at {self.version}: lag {self.version - oldest} > max_lag {self.schedule.max_lag}"
             )

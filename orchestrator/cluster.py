@@ -21,7 +21,8 @@ from typing import Any, Protocol
 
 import loopwright
 from loopwright.actors.engine import Completion, GenerateRequest
-from loopwright.actors.episode import EngineLost, Generate
+from loopwright.actors.env_worker import EngineClient
+from loopwright.actors.episode import EngineLost
 from loopwright.orchestrator.faults import ActorGone, ActorLost, DeadlinePassed, RunError
 from loopwright.orchestrator.resources import Needs, Resources
 from loopwright.orchestrator.trackers import Tracker
@@ -65,7 +66,7 @@ class Actor(Protocol):
         """Its work is done: free the process for good."""
         ...
 
-    def generate_client(self) -> Generate:
+    def generate_client(self) -> EngineClient:
         """A picklable callable that asks this rollout actor for a turn; raises `EngineLost` when it
         is gone."""
         ...
@@ -127,14 +128,31 @@ class InProcessActor:
         """Forget the object."""
         self._object = None
 
-    def generate_client(self) -> Generate:
+    def generate_client(self) -> EngineClient:
         """The object's own `generate`, whichever object that is at the time."""
+        return InProcessGenerate(self)
 
-        async def generate(request: GenerateRequest) -> Completion:
-            completion: Completion = await self._object.generate(request)
-            return completion
+    @property
+    def held(self) -> Any:
+        """The object."""
+        return self._object
 
-        return generate
+
+@dataclass(frozen=True, slots=True)
+class InProcessGenerate:
+    """As `RayGenerate`, without a process in between."""
+
+    actor: InProcessActor
+
+    async def __call__(self, request: GenerateRequest) -> Completion:
+        """One completion."""
+        completion: Completion = await self.actor.held.generate(request)
+        return completion
+
+    async def cancel(self, request_id: str) -> bool:
+        """End a request early."""
+        cancelled: bool = await self.actor.held.cancel(request_id)
+        return cancelled
 
 
 class InProcess:
@@ -176,6 +194,16 @@ class RayGenerate:
         except ray.exceptions.RayError as error:
             raise EngineLost(f"{self.name}: {type(error).__name__}") from None
         return completion
+
+    async def cancel(self, request_id: str) -> bool:
+        """End a request early. Raises `EngineLost` when the actor's process is gone."""
+        import ray
+
+        try:
+            cancelled: bool = await self.handle.cancel.remote(request_id)
+        except ray.exceptions.RayError as error:
+            raise EngineLost(f"{self.name}: {type(error).__name__}") from None
+        return cancelled
 
 
 class RayActor:
@@ -222,7 +250,7 @@ class RayActor:
         with contextlib.suppress(ray.exceptions.RayError, ValueError):
             ray.kill(self.handle, no_restart=True)
 
-    def generate_client(self) -> Generate:
+    def generate_client(self) -> EngineClient:
         """Carried to the environment workers by Ray."""
         return RayGenerate(self.handle, self.name)
 

@@ -5,8 +5,9 @@ Append-only msgpack frames, each `length u32 | crc32 of payload | crc32 of both 
 fsynced before its group counts as finished. Opening cuts a torn tail (the process died while
 writing) and says so; damage before the end is refused with its offset.
 
-Ticket order makes recovery simple: step s trains tickets [(s-1)·P, s·P), so the rollouts on record
-are all that is needed to train any step again, bit for bit where the arithmetic is deterministic.
+A step names the tickets it took and the rollouts it trained, and a group that is finished stays as
+it is: the record is all that is needed to train any step again, bit for bit where the arithmetic is
+deterministic. Episodes that were taken back and groups that were replaced are on it too, as such.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import os
 import struct
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 import msgpack
 
 from loopwright.algorithms.records import Outcome, Rollout, decode
+from loopwright.algorithms.unused import Cancelled
 from loopwright.orchestrator.faults import RunError
 from loopwright.orchestrator.tasks import Played
 
@@ -44,10 +46,24 @@ class LedgerState:
     # step -> (ticket, attempt) in it
     trained: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     checksums: dict[int, int] = field(default_factory=dict)  # version -> checksum of all weights
+    tickets: dict[int, tuple[int, ...]] = field(default_factory=dict)  # step -> all that it took
+    groups: set[int] = field(default_factory=set)  # tickets whose group is finished
     voids: dict[int, str] = field(default_factory=dict)  # ticket -> why no group came of it
     played: dict[int, Played] = field(default_factory=dict)  # ticket -> how its group went
+    # ticket -> attempts taken back while they were played, never scored
+    cancelled: dict[int, dict[int, Cancelled]] = field(default_factory=lambda: defaultdict(dict))
+    # ticket -> attempts of groups that were replaced: finished, and not for any step
+    discarded: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
     checkpoints: list[int] = field(default_factory=list)
     cut_bytes: int = 0  # torn tail that was removed
+
+    def consumed(self, step: int) -> list[int]:
+        """The tickets that steps 1 … `step` took."""
+        return [ticket for s in range(1, step + 1) for ticket in self.tickets.get(s, ())]
+
+    def planned(self, step: int) -> dict[int, tuple[int, ...]]:
+        """The tickets of each step after `step` that is on record."""
+        return {s: tickets for s, tickets in self.tickets.items() if s > step}
 
 
 def read_frames(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -113,13 +129,36 @@ class Ledger:
         self._write(record if played is None else {**record, "played": asdict(played)})
         if played is not None:
             self.state.played[ticket] = played
+        self.state.groups.add(ticket)
         if void:
             self.state.voids[ticket] = void
         self._sync()
 
-    def step(self, step: int, trained: list[tuple[int, int]], checksum: int) -> None:
-        """Step `step` trained these (ticket, attempt) and published weights with this checksum."""
-        self._write({"kind": "step", "step": step, "trained": trained, "checksum": checksum})
+    def cancelled(self, cancelled: Cancelled) -> None:
+        """An episode was taken back."""
+        self._write({"kind": "cancelled", **asdict(cancelled)})
+        self.state.cancelled[cancelled.ticket][cancelled.attempt] = cancelled
+
+    def discarded(self, ticket: int, attempts: Sequence[int], why: str) -> None:
+        """These finished rollouts of a ticket are for no step: another task takes their place."""
+        self._write({"kind": "discarded", "ticket": ticket, "attempts": list(attempts), "why": why})
+        self.state.discarded[ticket].update(attempts)
+
+    def step(
+        self, step: int, tickets: Sequence[int], trained: list[tuple[int, int]], checksum: int
+    ) -> None:
+        """Step `step` took these tickets, trained these (ticket, attempt) and published weights
+        with this checksum."""
+        self._write(
+            {
+                "kind": "step",
+                "step": step,
+                "tickets": list(tickets),
+                "trained": trained,
+                "checksum": checksum,
+            }
+        )
+        self.state.tickets[step] = tuple(tickets)
         self.state.trained[step] = trained
         self.state.checksums[step] = checksum
         self._sync()
@@ -130,11 +169,22 @@ class Ledger:
         self.state.checkpoints.append(step)
         self._sync()
 
-    def forget_before(self, step: int, groups_per_step: int) -> None:
+    def forget_before(self, step: int) -> None:
         """Free the memory of rollouts that no recovery from `step` can need; the file keeps
         them."""
-        for ticket in [t for t in self.state.rollouts if t < step * groups_per_step]:
-            del self.state.rollouts[ticket]
+        for s in range(step, 0, -1):
+            if s not in self.state.tickets or not self._forget(self.state.tickets[s]):
+                return
+
+    def _forget(self, tickets: Sequence[int]) -> bool:
+        """Whether there was anything of these tickets left to forget."""
+        known = [t for t in tickets if t in self.state.groups]
+        for ticket in known:
+            self.state.rollouts.pop(ticket, None)
+            self.state.cancelled.pop(ticket, None)
+            self.state.discarded.pop(ticket, None)
+            self.state.groups.discard(ticket)
+        return bool(known)
 
     def close(self) -> None:
         """Flush and close."""
@@ -191,13 +241,21 @@ def _apply(state: LedgerState, record: dict[str, Any], path: Path, offset: int) 
     if kind == "rollout":
         state.rollouts[record["ticket"]][record["attempt"]] = record["data"]
     elif kind == "group":
+        state.groups.add(record["ticket"])
         if played := record.get("played"):  # ledgers before samplers learned lack it
             state.played[record["ticket"]] = Played(
                 task_id=played["task_id"], passed=tuple(played["passed"])
             )
         if record["void"]:
             state.voids[record["ticket"]] = record["void"]
+    elif kind == "cancelled":
+        cancelled = Cancelled(**{k: v for k, v in record.items() if k != "kind"})
+        state.cancelled[cancelled.ticket][cancelled.attempt] = cancelled
+    elif kind == "discarded":
+        state.discarded[record["ticket"]].update(record["attempts"])
     elif kind == "step":
+        trained = {ticket for ticket, _ in record["trained"]}  # all that older ledgers tell
+        state.tickets[record["step"]] = tuple(record.get("tickets", sorted(trained)))
         state.trained[record["step"]] = [tuple(pair) for pair in record["trained"]]
         state.checksums[record["step"]] = record["checksum"]
     elif kind == "checkpoint":
@@ -215,24 +273,29 @@ class Audit:
     unused: tuple[tuple[int, int], ...]  # finished for a trained step, but not in it
     twice: tuple[tuple[int, int], ...]
     unknown: tuple[tuple[int, int], ...]  # trained, but not on record
+    cancelled: int = 0  # taken back while they were played
+    discarded: int = 0  # finished, and replaced
 
 
-def audit(path: Path, *, groups_per_step: int) -> Audit:
+def audit(path: Path) -> Audit:
     """Compare what was finished with what the surviving history of steps trained on."""
     state = read(path)
-    last = max(state.trained, default=0)
+    taken = {ticket for tickets in state.tickets.values() for ticket in tickets}
+    discarded = {(t, attempt) for t, attempts in state.discarded.items() for attempt in attempts}
     finished = {
         (ticket, attempt)
         for ticket, attempts in state.rollouts.items()
         for attempt, data in attempts.items()
         if decode(data).outcome is not Outcome.INFRA_FAULT and ticket not in state.voids
-    }
+    } - discarded
     trained = [pair for step in sorted(state.trained) for pair in state.trained[step]]
-    due = {pair for pair in finished if pair[0] < last * groups_per_step}
+    due = {pair for pair in finished if pair[0] in taken}
     return Audit(
         finished=len(finished),
         trained=len(trained),
         unused=tuple(sorted(due - set(trained))),
         twice=tuple(sorted({pair for pair in trained if trained.count(pair) > 1})),
         unknown=tuple(sorted(set(trained) - finished)),
+        cancelled=sum(len(attempts) for attempts in state.cancelled.values()),
+        discarded=len(discarded),
     )

@@ -14,7 +14,6 @@ import msgpack
 import numpy as np
 
 from loopwright.algorithms.records import RecordError, Rollout, decode
-from loopwright.configs.load import load
 from loopwright.orchestrator import ledger
 from loopwright.orchestrator.faults import RunError
 from loopwright.orchestrator.trackers import TrackerError
@@ -54,6 +53,8 @@ class Contents:
     steps: set[int] = field(default_factory=set)
     checkpoints: list[int] = field(default_factory=list)
     tokens: int = 0
+    cancelled_tokens: list[int] = field(default_factory=list)  # of each episode taken back
+    discarded: int = 0  # rollouts of groups that were replaced
     damage: list[Damage] = field(default_factory=list)
 
 
@@ -118,7 +119,8 @@ def _what_was(data: Any, start: int, end: int) -> str:
     """What a damaged frame seems to have held, from the names in it that can still be read."""
     held = bytes(data[start : min(end, start + 200)])
     kinds = {b"rollout": "a rollout", b"group": "the end of a group", b"step": "a step",
-             b"checkpoint": "a checkpoint"}  # fmt: skip
+             b"checkpoint": "a checkpoint", b"cancelled": "an episode taken back",
+             b"discarded": "a group that was replaced"}  # fmt: skip
     found = [text for name, text in kinds.items() if b"kind" in held and name in held]
     return found[0] if found else "nothing that can be told"
 
@@ -146,6 +148,10 @@ def _count(contents: Contents, record: dict[str, Any]) -> None:
         contents.groups.add(record["ticket"])
         if record["void"]:
             contents.voids[record["void"].splitlines()[0][:80]] += 1
+    elif kind == "cancelled":
+        contents.cancelled_tokens.append(record["tokens"])
+    elif kind == "discarded":
+        contents.discarded += len(record["attempts"])
     elif kind == "step":
         contents.steps.add(record["step"])
     elif kind == "checkpoint":
@@ -163,6 +169,7 @@ def _tell(path: Path, contents: Contents) -> str:
         *(f"  void, {count}x: {why}" for why, count in contents.voids.most_common(5)),
         f"rollouts: {named(contents.outcomes)}; ended by: {named(contents.ends)}; "
         f"{contents.tokens:,} tokens generated",
+        *_left_out(contents),
         f"steps trained: {len(contents.steps)}, the last is {max(contents.steps, default=0)}; "
         f"checkpoints of steps {', '.join(map(str, contents.checkpoints[-5:])) or 'none'}",
     ]
@@ -172,13 +179,24 @@ def _tell(path: Path, contents: Contents) -> str:
     return "\n".join(lines)
 
 
+def _left_out(contents: Contents) -> list[str]:
+    """What the reliefs for stragglers and groups without variance left out, if anything."""
+    lines = []
+    if contents.cancelled_tokens:
+        count, tokens = len(contents.cancelled_tokens), sum(contents.cancelled_tokens)
+        lines.append(f"episodes taken back: {count}, after {tokens / count:.0f} tokens on average")
+    if contents.discarded:
+        lines.append(f"rollouts replaced, their group's rewards being equal: {contents.discarded}")
+    return lines
+
+
 def _history_adds_up(run: Path, path: Path) -> bool:
     """Compare what was finished with what was trained, and say it."""
     config = run / "config.toml"
     if not config.is_file():
         print("history: not compared, the run has no config.toml")
         return True
-    audit = ledger.audit(path, groups_per_step=load(config).config.rollout.groups_per_step)
+    audit = ledger.audit(path)
     wrong = {
         "finished, but not in the step it was for": audit.unused,
         "trained twice": audit.twice,

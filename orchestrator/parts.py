@@ -13,15 +13,16 @@ from typing import Any
 
 from loopwright.actors.episode import EpisodeLimits
 from loopwright.algorithms.batching import BatchReport, build_batch, smallest_group
-from loopwright.algorithms.records import Group, Outcome, Rollout, TrainBatch, decode, encode
-from loopwright.envs.protocol import Task, TaskError, encode_task
+from loopwright.algorithms.records import Group, TrainBatch, encode
+from loopwright.envs.protocol import Task
 from loopwright.orchestrator.buffer import GroupBuffer
 from loopwright.orchestrator.evaluation import evaluate
 from loopwright.orchestrator.faults import RunError
+from loopwright.orchestrator.groups import Groups
 from loopwright.orchestrator.ledger import Ledger, LedgerError
-from loopwright.orchestrator.pool import Pool, episode_seed
+from loopwright.orchestrator.pool import Pool
 from loopwright.orchestrator.recorder import Recorder
-from loopwright.orchestrator.tasks import Played, TaskStream
+from loopwright.orchestrator.tasks import TaskStream
 from loopwright.orchestrator.training import Training
 
 
@@ -32,8 +33,6 @@ class Parts:
     folder: Path
     steps: int
     samplers: int  # groups played at the same time
-    seed: int
-    group_size: int
     advantage: str
     drop_below: float
     step_timeout_s: float
@@ -41,12 +40,12 @@ class Parts:
     eval_every: int
     checkpoint_every: int
     keep_checkpoints: int
-    limits: EpisodeLimits
     eval_limits: EpisodeLimits
     eval_tasks: list[Task]
     eval_seed: int
     stream: TaskStream
     buffer: GroupBuffer
+    groups: Groups
     pool: Pool
     training: Training
     ledger: Ledger
@@ -98,53 +97,17 @@ class Parts:
     async def record(self, step: int, groups: Sequence[Group]) -> None:
         """Ledger first, then metrics."""
         trained = [(g.ticket, r.attempt) for g in self._whole(groups) for r in g.rollouts]
-        self.ledger.step(step, trained, self.recorder.weights_checksum)
-        self.stream.forget_before((step - 1) * self.buffer.groups_per_step)
+        unused = self.groups.unused(groups)
+        tickets = [g.ticket for g in groups]
+        self.ledger.step(step, tickets, trained, self.recorder.weights_checksum)
+        self.stream.forget_before(self.buffer.oldest)
+        self.recorder.unused(unused)
         assert self.report is not None, "batch comes first"
         self.recorder.step(step, self.report, groups, self.pool, self.buffer)
 
     async def play_group(self, ticket: int) -> Group:
-        """All rollouts of a ticket's task. What is on record from before a crash is not played
-        again."""
-        task = self.stream[ticket]
-        void = self.ledger.state.voids.get(ticket, "")
-        on_record = self.ledger.state.rollouts.get(ticket, {})
-        missing = [] if void else [k for k in range(self.group_size) if k not in on_record]
-        rollouts: list[Rollout] = [decode(on_record[k]) for k in sorted(on_record) if not void]
-        broken: list[BaseException] = []
-        if missing:
-            played = await asyncio.gather(
-                *(self._play(task, ticket, k) for k in missing), return_exceptions=True
-            )
-            broken = [p for p in played if isinstance(p, BaseException)]
-            for error in broken:
-                if not isinstance(error, TaskError):
-                    raise error
-            rollouts += [p for p in played if isinstance(p, Rollout)]
-            void = _why_void(rollouts, broken, smallest_group(self.advantage))
-        used = [] if void else [r for r in rollouts if r.outcome is not Outcome.INFRA_FAULT]
-        used.sort(key=lambda r: r.attempt)
-        if ticket not in self.ledger.state.played:
-            passed = tuple(r.success for r in used)
-            self.ledger.group(
-                ticket, encode_task(task), void, Played(task_id=task.id, passed=passed)
-            )
-            if void:
-                kind = "task_quarantined" if broken else "group_void"
-                self.recorder.event(kind, task=task.id, why=void)
-        return Group(ticket=ticket, task_id=task.id, rollouts=tuple(used))
-
-    async def _play(self, task: Task, ticket: int, attempt: int) -> Rollout:
-        rollout, encoded = await self.pool.play(
-            task,
-            attempt,
-            seed=episode_seed(self.seed + ticket, task, attempt),
-            priority=ticket,
-            limits=self.limits,
-        )
-        self.ledger.rollout(ticket, encoded)
-        self.recorder.played(rollout)
-        return rollout
+        """All rollouts of a ticket's task that its step waits for."""
+        return await self.groups.play(ticket)
 
     def evaluation_due(self, step: int) -> bool:
         """After every `eval_every` steps, and after the last."""
@@ -187,7 +150,7 @@ class Parts:
                 ) from error
         self.training.saved(final, step)
         self.ledger.checkpoint(step)
-        self.ledger.forget_before(step, self.buffer.groups_per_step)
+        self.ledger.forget_before(step)
         self.recorder.event("checkpoint", step=step, path=str(final))
         self._drop_checkpoints()
         return final
@@ -201,17 +164,6 @@ class Parts:
         kept = checkpoints(self.folder)
         for _, path in kept[: -self.keep_checkpoints]:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _why_void(rollouts: Sequence[Rollout], broken: Sequence[BaseException], least: int) -> str:
-    """Why no group comes of these rollouts; empty if one does: at least `least` have a baseline."""
-    if broken:
-        return f"task quarantined: {broken[0]}"
-    scored = [r for r in rollouts if r.outcome is not Outcome.INFRA_FAULT]
-    if len(scored) >= least:
-        return ""
-    faults = [r.fault for r in rollouts if r.fault]
-    return f"{len(scored)} of {len(rollouts)} rollouts scored; the last fault: {faults[-1]}"
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:

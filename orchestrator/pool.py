@@ -1,23 +1,22 @@
 """The pool: rollout actors and environment workers, who plays what, and what happens when one dies.
 
-An episode stays with one engine for all its turns (its prefix is cached there); a new one goes to
-the engine, and to the worker, with the fewest episodes. A lost actor is restarted by Ray; the pool
-gives a restarted engine the current weights before it counts as ready, and plays the episodes that
-were cut off again.
+How an episode finds its engine and its worker, and survives losing one, is in `seating.py`. A lost
+actor is restarted by Ray; the pool gives a restarted engine the current weights before it counts as
+ready.
 """
 
 import asyncio
 import zlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 
 from loopwright.actors.engine import EngineError, EngineStats, OnUpdate, UpdateReport
-from loopwright.actors.env_worker import EpisodeOrder, WorkerLost
-from loopwright.actors.episode import ENGINE_FAULT, EngineLost, EpisodeLimits
+from loopwright.actors.env_worker import EpisodeOrder
+from loopwright.actors.episode import EngineLost, EpisodeLimits
 from loopwright.actors.weights import ChannelLost, WeightManifest
 from loopwright.algorithms.records import Outcome, Rollout, decode
 from loopwright.envs.protocol import Task, encode_task
@@ -29,6 +28,8 @@ from loopwright.orchestrator.faults import (
     RestartBudget,
     RunError,
 )
+from loopwright.orchestrator.members import Member, Seats, Throttle
+from loopwright.orchestrator.seating import Seating
 
 T = TypeVar("T")
 Event = Callable[..., None]  # event(kind, **fields)
@@ -58,18 +59,6 @@ class FaultLimits:
     window: int = 200  # episodes that count as recent
 
 
-@dataclass(slots=True, eq=False)
-class _Member:
-    """One actor of the pool."""
-
-    actor: Actor
-    ready: asyncio.Event = field(default_factory=asyncio.Event)
-    episodes: int = 0
-    stats: EngineStats | None = None
-    pid: int = 0
-    life: int = 0  # how often it was lost; a late report about a former life is no news
-
-
 class Pool:
     """All that plays episodes. `start` it once; `play` from as many coroutines as you like."""
 
@@ -84,11 +73,21 @@ class Pool:
         on_update: OnUpdate,
         event: Event,
         resend: Resend | None = None,
+        most_episodes: int = 0,
     ) -> None:
         """`resend` asks the trainer for the last publish once more, for engines that missed it;
-        None where every manifest can be taken later too."""
-        self._engines = [_Member(actor) for actor in engines]
-        self._workers = [_Member(actor) for actor in workers]
+        None where every manifest can be taken later too. `most_episodes` of an engine, where that
+        adapts to its KV cache; 0: as many as come."""
+        self._engines = [
+            Member(actor, Throttle(most_episodes) if most_episodes else None) for actor in engines
+        ]
+        self._workers = [Member(actor) for actor in workers]
+        self._engine_seats = Seats(self._engines)
+        self._worker_seats = Seats(self._workers)
+        self._seating = Seating(
+            self._engine_seats, self._worker_seats, recover=self._recover, hang_s=deadlines.hang_s
+        )
+        self._orders = 0
         self._deadlines = deadlines
         self._faults = faults
         self._restarts = restarts
@@ -99,7 +98,7 @@ class Pool:
         self._manifest: WeightManifest | None = None
         self._publishing = asyncio.Lock()
         self._recent: deque[bool] = deque(maxlen=faults.window)
-        self._recovering: dict[_Member, asyncio.Task[None]] = {}
+        self._recovering: dict[Member, asyncio.Task[None]] = {}
         self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.infra_faults = 0
 
@@ -107,6 +106,11 @@ class Pool:
     def playing(self) -> int:
         """Episodes being played."""
         return sum(m.episodes for m in self._workers)
+
+    @property
+    def resumed(self) -> int:
+        """How often an episode went on after its engine was lost."""
+        return self._seating.resumed
 
     def engine_stats(self) -> list[EngineStats]:
         """The newest counters of each engine that has answered."""
@@ -153,35 +157,35 @@ class Pool:
         return {m.actor.name: logprobs for m, logprobs in zip(engines, found, strict=True)}
 
     async def play(
-        self, task: Task, attempt: int, *, seed: int, priority: int, limits: EpisodeLimits
+        self,
+        task: Task,
+        attempt: int,
+        *,
+        seed: int,
+        priority: int,
+        limits: EpisodeLimits,
+        take_back: asyncio.Event | None = None,
     ) -> tuple[Rollout, bytes]:
-        """One finished rollout and its encoding. Episodes cut off by a lost actor are played again
+        """One finished rollout and its encoding. Episodes cut off by a lost worker are played again
         without limit but `max_restarts`; those whose environment failed, `retries` times, then the
-        fault itself is returned."""
-        data = encode_task(task)
+        fault itself is returned. Raises `EpisodeTakenBack` once `take_back` is set."""
+        self._orders += 1
+        order = EpisodeOrder(
+            key=f"{self._orders}",
+            task=encode_task(task),
+            attempt=attempt,
+            engine=-1,  # chosen when it is played
+            seed=seed,
+            priority=priority,
+            limits=limits,
+        )
         environment_faults = 0
         while True:
-            engine, worker = (
-                await self._least_loaded(self._engines),
-                await self._least_loaded(self._workers),
-            )
-            order = EpisodeOrder(
-                task=data,
-                attempt=attempt,
-                engine=self._engines.index(engine),
-                seed=seed,
-                priority=priority,
-                limits=limits,
-            )
-            life = engine.life
-            encoded = await self._play_once(engine, worker, order, task)
+            waiting_for = f"episode {task.id}, attempt {attempt}"
+            encoded = await self._seating.play(order, waiting_for, take_back)
             if encoded is None:
                 continue
             rollout: Rollout = decode(encoded)
-            if rollout.outcome is Outcome.INFRA_FAULT and rollout.fault.startswith(ENGINE_FAULT):
-                if life == engine.life:
-                    self._recover(engine, rollout.fault)
-                continue
             self._count(rollout, task)
             environment_faults += rollout.outcome is Outcome.INFRA_FAULT
             if (
@@ -221,41 +225,6 @@ class Pool:
         if self._broken.done() and not self._broken.cancelled():
             self._broken.exception()  # seen: it was raised elsewhere, or the run is over anyway
 
-    async def _play_once(
-        self, engine: _Member, worker: _Member, order: EpisodeOrder, task: Task
-    ) -> bytes | None:
-        engine.episodes += 1
-        worker.episodes += 1
-        life = worker.life
-        try:
-            encoded: bytes = await worker.actor.call(
-                "play",
-                order,
-                timeout_s=order.limits.timeout_s + self._deadlines.hang_s,
-                waiting_for=f"episode {task.id}, attempt {order.attempt}",
-            )
-        except (ActorLost, DeadlinePassed, WorkerLost) as error:
-            if life == worker.life:
-                self._recover(worker, str(error), kill=isinstance(error, DeadlinePassed))
-            return None
-        finally:
-            engine.episodes -= 1
-            worker.episodes -= 1
-        return encoded
-
-    async def _least_loaded(self, members: list[_Member]) -> _Member:
-        while not any(m.ready.is_set() for m in members):
-            waits = [asyncio.ensure_future(m.ready.wait()) for m in members]
-            watched: list[asyncio.Future[Any]] = [*waits, self._broken]
-            try:
-                await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for wait in waits:
-                    wait.cancel()
-            if self._broken.done():
-                self._broken.result()
-        return min((m for m in members if m.ready.is_set()), key=lambda m: m.episodes)
-
     def _count(self, rollout: Rollout, task: Task) -> None:
         fault = rollout.outcome is Outcome.INFRA_FAULT
         self._recent.append(fault)
@@ -276,8 +245,10 @@ class Pool:
     def _break(self, error: Exception) -> None:
         if not self._broken.done():
             self._broken.set_exception(error)
+            self._engine_seats.fail(error)
+            self._worker_seats.fail(error)
 
-    def _recover(self, member: _Member, why: str, *, kill: bool = False) -> None:
+    def _recover(self, member: Member, why: str, *, kill: bool = False) -> None:
         """Begin to bring a lost member back, once."""
         if member in self._recovering or self._broken.done():
             return
@@ -293,12 +264,12 @@ class Pool:
         self._recovering[member] = task
         task.add_done_callback(lambda done: self._recovered(member, done))
 
-    def _recovered(self, member: _Member, done: "asyncio.Task[None]") -> None:
+    def _recovered(self, member: Member, done: "asyncio.Task[None]") -> None:
         self._recovering.pop(member, None)
         if not done.cancelled() and (error := done.exception()) is not None:
             self._break(error if isinstance(error, Exception) else RunError(str(error)))
 
-    async def _bring_back(self, member: _Member, kill: bool) -> None:
+    async def _bring_back(self, member: Member, kill: bool) -> None:
         started = asyncio.get_running_loop().time()
         if kill:
             await member.actor.restart()
@@ -315,7 +286,7 @@ class Pool:
         self._event("actor_back", actor=member.actor.name, seconds=round(seconds, 3))
 
     async def _until_it_answers(
-        self, start: Callable[[_Member], Awaitable[None]], member: _Member
+        self, start: Callable[[Member], Awaitable[None]], member: Member
     ) -> None:
         """While an actor restarts, calls fail with `ActorLost` once or twice; later ones wait for
         it."""
@@ -327,7 +298,7 @@ class Pool:
             except (ActorLost, EngineLost, ChannelLost):
                 await asyncio.sleep(0.2)
 
-    async def _refill_engine(self, member: _Member) -> None:
+    async def _refill_engine(self, member: Member) -> None:
         await self._start_engine(member)
         # not in the middle of a publish: it would miss the version under way
         async with self._publishing:
@@ -338,13 +309,13 @@ class Pool:
                 manifest = await self._sent_again(member)
             await self._update(member, manifest)
 
-    async def _start_engine(self, member: _Member) -> None:
+    async def _start_engine(self, member: Member) -> None:
         pid = await member.actor.call(
             "start", timeout_s=self._deadlines.start_s, waiting_for="engine to load"
         )
         self._up(member, pid)
 
-    async def _start_worker(self, member: _Member) -> None:
+    async def _start_worker(self, member: Member) -> None:
         clients = [m.actor.generate_client() for m in self._engines]
         pid = await member.actor.call(
             "start",
@@ -354,13 +325,14 @@ class Pool:
         )
         self._up(member, pid)
         member.ready.set()
+        self._worker_seats.changed()
 
-    def _up(self, member: _Member, pid: int) -> None:
+    def _up(self, member: Member, pid: int) -> None:
         if pid != member.pid:
             member.pid = pid
             self._event("actor_up", actor=member.actor.name, pid=pid)
 
-    async def _publish_to(self, member: _Member) -> UpdateReport | None:
+    async def _publish_to(self, member: Member) -> UpdateReport | None:
         """The engine's report; None if it died: whoever saw that first brings it back, and then it
         is given the weights."""
         life = member.life
@@ -380,16 +352,16 @@ class Pool:
         assert self._manifest is not None, "publish or start comes first"
         return self._manifest
 
-    def _taking_part(self) -> list[_Member]:
+    def _taking_part(self) -> list[Member]:
         return [m for m in self._engines if m.ready.is_set() or m not in self._recovering]
 
-    async def _sent_again(self, member: _Member) -> WeightManifest:
+    async def _sent_again(self, member: Member) -> WeightManifest:
         version = self._published.version
         if self._resend is None:
             raise ChannelLost(f"version {version} cannot be sent again")
         return await self._resend(version, (f"{member.actor.name}/{member.life}",))
 
-    async def _sleep(self, member: _Member) -> None:
+    async def _sleep(self, member: Member) -> None:
         life = member.life
         try:
             await member.actor.call(
@@ -399,7 +371,7 @@ class Pool:
             if life == member.life:
                 self._recover(member, str(error), kill=isinstance(error, DeadlinePassed))
 
-    async def _update(self, member: _Member, manifest: WeightManifest) -> UpdateReport:
+    async def _update(self, member: Member, manifest: WeightManifest) -> UpdateReport:
         try:
             report: UpdateReport = await member.actor.call(
                 "update",
@@ -420,9 +392,10 @@ class Pool:
                 f"{manifest.version}; tensors that differ: {', '.join(wrong[:5]) or 'none'}"
             )
         member.ready.set()
+        self._engine_seats.changed()
         return report
 
-    async def _ping(self, member: _Member) -> None:
+    async def _ping(self, member: Member) -> None:
         if not member.ready.is_set():
             return
         life = member.life
@@ -437,9 +410,17 @@ class Pool:
         if member not in self._engines:
             restarted = answer["pid"] != member.pid
         else:
-            member.stats, restarted = answer, answer is None
+            restarted = answer is None
+            self._observe(member, answer)
         if restarted and member.ready.is_set():  # died and came back between two pings
             self._recover(member, f"{member.actor.name}: restarted")
+
+    def _observe(self, engine: Member, stats: EngineStats | None) -> None:
+        engine.stats = stats
+        if stats is None or engine.throttle is None:
+            return
+        if engine.throttle.observe(stats, engine.episodes):
+            self._engine_seats.changed()
 
 
 def episode_seed(run_seed: int, task: Task, attempt: int) -> int:

@@ -17,6 +17,7 @@ from loopwright.actors.engine import EngineStats, UpdateReport
 from loopwright.actors.weights import WeightManifest
 from loopwright.algorithms.batching import BatchReport
 from loopwright.algorithms.records import Group, Rollout
+from loopwright.algorithms.unused import Unused
 from loopwright.orchestrator.buffer import GroupBuffer
 from loopwright.orchestrator.environment_metrics import environment_metrics
 from loopwright.orchestrator.pool import Pool
@@ -98,6 +99,26 @@ class Recorder:
         self._counts[f"end/{rollout.end_reason.value}"] += 1
         self._counts["tokens"] += rollout.generated_tokens
         self._counts.update({f"signal/{k}": v for k, v in rollout.tool_errors.items()})
+
+    def unused(self, unused: Unused) -> None:
+        """What a step's tickets sampled beside its batch."""
+        self._counts["cancelled"] += len(unused.cancelled)
+        self._counts["cancelled_tokens"] += unused.cancelled_tokens
+        self._counts["discarded"] += unused.discarded_rollouts
+        self._counts["discarded_tokens"] += unused.discarded_tokens
+        self._counts["resumed"] += unused.resumed_rollouts
+        self._counts["saved_tokens"] += unused.saved_tokens
+        self.add(
+            {
+                "rollout/cancelled": float(len(unused.cancelled)),
+                "rollout/cancelled_tokens_mean": unused.cancelled_tokens_mean,
+                "rollout/cancelled_turns_mean": unused.cancelled_turns_mean,
+                "rollout/discarded_groups": float(unused.discarded_groups),
+                "rollout/discarded_rollouts": float(unused.discarded_rollouts),
+                "rollout/resumed": float(unused.resumed_rollouts),
+                "rollout/saved_tokens": float(unused.saved_tokens),
+            }
+        )
 
     def published(self, manifest: WeightManifest, reports: Sequence[UpdateReport]) -> None:
         """All engines hold a version."""
@@ -189,6 +210,16 @@ class Recorder:
                 "trained": self._counts["trained_tokens"],
             },
             "mismatch": {k.removeprefix("train/mismatch_"): v for k, v in self._mismatch.items()},
+            "unused": {
+                "cancelled_rollouts": self._counts["cancelled"],
+                "cancelled_tokens": self._counts["cancelled_tokens"],
+                "discarded_rollouts": self._counts["discarded"],
+                "discarded_tokens": self._counts["discarded_tokens"],
+            },
+            "resumed": {
+                "rollouts": self._counts["resumed"],
+                "saved_tokens": self._counts["saved_tokens"],
+            },
             "publishes": self._counts["publishes"],
             "restarts": self._counts["event/actor_lost"],
             "infra_faults": self._counts["event/infra_fault"],

@@ -19,6 +19,8 @@ _FIXED = (
     "environment.sampler_options",
     "rollout.groups_per_step",
     "rollout.max_lag",
+    "rollout.window",
+    "rollout.dynamic_sampling",
 )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loopwright.algorithms.batching import smallest_group
 from loopwright.configs.load import Loaded, load, render
 from loopwright.configs.schema import Config
 from loopwright.envs.protocol import Env
@@ -19,6 +20,7 @@ from loopwright.orchestrator.buffer import GroupBuffer
 from loopwright.orchestrator.cluster import Cluster
 from loopwright.orchestrator.evaluation import evaluate
 from loopwright.orchestrator.faults import Refused, RunError
+from loopwright.orchestrator.groups import Groups
 from loopwright.orchestrator.ledger import Ledger
 from loopwright.orchestrator.loop import train
 from loopwright.orchestrator.parity import check_parity
@@ -219,21 +221,28 @@ def _parts(
 ) -> Parts:
     actors = assembly.spawn(cluster, config, plan.base, recorder)
     r, run_ = config.rollout, config.run
+    version = checkpoint[0] if checkpoint else 0
+    schedule = assembly.schedule(config)
     buffer = GroupBuffer(
-        groups_per_step=r.groups_per_step,
-        max_lag=r.max_lag,
-        version=checkpoint[0] if checkpoint else 0,
+        schedule,
+        version=version,
+        consumed=ledger.state.consumed(version),
+        planned=ledger.state.planned(version),
     )
-    tickets = (r.max_lag + 1) * r.groups_per_step
     # one more, so that no engine runs dry
     at_once = -(-r.engines * r.concurrency // r.group_size) + 1
     source = warm_start.source_of(env)
+    stream = TaskStream(
+        source,
+        "train",
+        config.environment.seed,
+        choose=assembly.draws(config, env, ledger.state.played),
+        draws=assembly.draws_of_a_ticket(config),
+    )
     return Parts(
         folder=folder,
         steps=run_.steps,
-        samplers=min(tickets, at_once),
-        seed=run_.seed,
-        group_size=r.group_size,
+        samplers=min(schedule.outstanding, at_once),
         advantage=config.algorithm.advantage,
         drop_below=assembly.drop_below(config),
         step_timeout_s=config.cluster.step_timeout_s,
@@ -241,19 +250,24 @@ def _parts(
         eval_every=run_.eval_every,
         checkpoint_every=run_.checkpoint_every,
         keep_checkpoints=run_.keep_checkpoints,
-        limits=assembly.episode_limits(config, evaluation=False),
         eval_limits=assembly.episode_limits(config, evaluation=True),
         eval_tasks=TaskStream(source, "test", config.evaluation.seed).first(
             config.evaluation.tasks
         ),
         eval_seed=config.evaluation.seed,
-        stream=TaskStream(
-            source,
-            "train",
-            config.environment.seed,
-            choose=assembly.draws(config, env, ledger.state.played),
-        ),
+        stream=stream,
         buffer=buffer,
+        groups=Groups(
+            group_size=r.group_size,
+            least=smallest_group(config.algorithm.advantage),
+            seed=run_.seed,
+            limits=assembly.episode_limits(config, evaluation=False),
+            stream=stream,
+            buffer=buffer,
+            pool=actors.pool,
+            ledger=ledger,
+            recorder=recorder,
+        ),
         pool=actors.pool,
         training=actors.training,
         by_turns=actors.plan.colocated,
@@ -264,7 +278,7 @@ def _parts(
 
 async def _train(config: Config, parts: Parts) -> Ended:
     recorder = parts.recorder
-    recorder.phase(f"training: {parts.steps} steps, lag ≤ {parts.buffer.max_lag}")
+    recorder.phase(f"training: {parts.steps} steps, lag ≤ {parts.buffer.schedule.max_lag}")
     try:
         with recorder.timed("training"):
             await train(parts)

@@ -1,11 +1,14 @@
-"""Which task a ticket gets: the n-th of the environment's own stream, so that a resumed run draws
-the same ones."""
+"""Which task a ticket gets: a function of its number alone, so that a resumed run draws the
+same."""
 
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from loopwright.envs.protocol import Task, TaskSource
 from loopwright.orchestrator.faults import RunError
+
+DRAWS = 3  # tasks a ticket may have with dynamic sampling: one, and two to replace it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +21,12 @@ class Played:
 
 
 class TaskStream:
-    """Random access, by index, to the stream of one split; a finite source starts over."""
+    """Random access, by index, to the stream of one split; a finite source starts over.
+
+    With `draws` above 1 a ticket has so many tasks, one to begin with and the others to replace it:
+    ticket t those from t · draws on. Which of them comes first changes from ticket to ticket, so
+    that no task of a finite source is only ever a replacement.
+    """
 
     def __init__(
         self,
@@ -27,8 +35,10 @@ class TaskStream:
         seed: int,
         *,
         choose: Callable[[int], Task] | None = None,
+        draws: int = 1,
     ) -> None:
         """`choose(n)` decides task n where a sampler does, not the stream's own order."""
+        self.draws = draws
         self._choose = choose
         self._restart: Callable[[], Iterator[Task]] = lambda: iter(source.tasks(split, seed))
         self._split = split
@@ -43,9 +53,14 @@ class TaskStream:
             self._next += 1
         return self._window[index]
 
-    def forget_before(self, index: int) -> None:
-        """Drop tasks that nobody will ask for again."""
-        for old in [i for i in self._window if i < index]:
+    def of(self, ticket: int, draw: int = 0) -> Task:
+        """The ticket's task number `draw`, 0 … draws − 1."""
+        turn = zlib.crc32(ticket.to_bytes(8, "little")) if self.draws > 1 else 0
+        return self[ticket * self.draws + (draw + turn) % self.draws]
+
+    def forget_before(self, ticket: int) -> None:
+        """Drop the tasks of tickets that nobody will ask for again."""
+        for old in [i for i in self._window if i < ticket * self.draws]:
             del self._window[old]
 
     def first(self, count: int) -> list[Task]:

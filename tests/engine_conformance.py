@@ -189,6 +189,7 @@ class EngineConformance:
     float32."""
 
     tolerance = 1e-4
+    resumes_exactly = False  # whether a random stream can be entered in the middle
 
     def assert_parity(
         self, bench: EngineBench, request: GenerateRequest, completion: Completion
@@ -295,6 +296,21 @@ class EngineConformance:
         )
         np.testing.assert_array_equal(alone.token_ids, together.token_ids)
         assert not np.array_equal(alone.token_ids, other.token_ids)
+
+    def test_a_turn_goes_on_from_its_tokens(self, bench: EngineBench) -> None:
+        """As on another engine, after the first one died: with `resumes_exactly`, the same turn."""
+        prompt = prompts(21, [30])[0]
+        (whole,) = bench.generate([bench.request(prompt, seed=5, max_new_tokens=20)])
+        kept = whole.token_ids[:8]
+        request = bench.request(
+            np.concatenate((prompt, kept)), seed=5, sampled=len(kept), max_new_tokens=12
+        )
+        (rest,) = bench.generate([request])
+        self.assert_parity(bench, request, rest)
+        assert len(rest.token_ids) == 12
+        if self.resumes_exactly:
+            np.testing.assert_array_equal(np.concatenate((kept, rest.token_ids)), whole.token_ids)
+            np.testing.assert_allclose(rest.logprobs, whole.logprobs[8:], atol=1e-4)
 
     def test_turns_of_a_session_continue_its_context(self, bench: EngineBench) -> None:
         context, session = prompts(10, [70])[0], "session-of-turns"

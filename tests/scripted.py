@@ -14,6 +14,10 @@ from loopwright.envs.protocol import EnvSpec, Message, Observation, Step, Task, 
 TASK = Task(environment="scripted", id="task 0", seed=0, split="train", scenario="s")
 
 
+class Aborted(list[int]):
+    """Tokens of a completion that the engine itself cuts short."""
+
+
 @dataclass(slots=True)
 class ScriptedEngine:
     """Says the given completions one after another: token ids, ended by a stop token or cut off.
@@ -35,13 +39,18 @@ class ScriptedEngine:
         if isinstance(said, Exception):
             raise said
         ids = np.array(said[: request.max_new_tokens], np.int32)
+        aborted = isinstance(said, Aborted)
         stopped = ids.size > 0 and int(ids[-1]) in request.stop_token_ids
         return Completion(
             request_id=request.request_id,
             token_ids=ids,
             logprobs=-(turn + np.arange(ids.size, dtype=np.float32) / 10),
             versions=np.full(ids.size, turn, np.int32),
-            finish_reason=FinishReason.STOP if stopped else FinishReason.LENGTH,
+            finish_reason=FinishReason.CANCELLED
+            if aborted
+            else FinishReason.STOP
+            if stopped
+            else FinishReason.LENGTH,
         )
 
 

@@ -139,6 +139,7 @@ def pool_of(
     restarts: int = 5,
     retries: int = 2,
     ping_every_s: float = 0.01,
+    most_episodes: int = 0,
 ) -> Pool:
     """A pool over scripted actors."""
     return Pool(
@@ -149,6 +150,7 @@ def pool_of(
         restarts=RestartBudget(restarts),
         on_update="continue",
         event=events,
+        most_episodes=most_episodes,
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loopwright.algorithms.admission import Schedule
 from loopwright.algorithms.records import Context, EndReason, Group, Outcome, Rollout
 from loopwright.orchestrator.buffer import GroupBuffer, LagExceeded
 from loopwright.orchestrator.faults import DeadlinePassed, RunError
@@ -44,7 +45,7 @@ async def simulate(
     """Samplers of random speed and a trainer of random speed; (tickets in order of use, largest
     lag)."""
     chance = random.Random(seed)
-    buffer = GroupBuffer(groups_per_step=groups_per_step, max_lag=max_lag)
+    buffer = GroupBuffer(Schedule(groups_per_step=groups_per_step, max_lag=max_lag))
     used: list[int] = []
     largest = 0
 
@@ -95,7 +96,7 @@ def test_the_lag_bound_is_used_and_not_only_kept() -> None:
 
 def test_admission_stops_at_the_bound() -> None:
     async def body() -> None:
-        buffer = GroupBuffer(groups_per_step=2, max_lag=1)
+        buffer = GroupBuffer(Schedule(groups_per_step=2, max_lag=1))
         assert [await buffer.admit() for _ in range(4)] == [0, 1, 2, 3]
         fifth = asyncio.ensure_future(buffer.admit())
         await asyncio.sleep(0)
@@ -112,7 +113,7 @@ def test_admission_stops_at_the_bound() -> None:
 
 def test_a_stale_group_is_refused_with_both_versions() -> None:
     async def body() -> None:
-        buffer = GroupBuffer(groups_per_step=1, max_lag=1, version=5)
+        buffer = GroupBuffer(Schedule(groups_per_step=1, max_lag=1), version=5)
         await buffer.fulfil(group(await buffer.admit(), 3))
         with pytest.raises(LagExceeded, match="version 3, trained at 5: lag 2 > max_lag 1"):
             await buffer.take(timeout_s=1)
@@ -122,7 +123,7 @@ def test_a_stale_group_is_refused_with_both_versions() -> None:
 
 def test_a_missing_group_is_named_at_the_deadline() -> None:
     async def body() -> None:
-        buffer = GroupBuffer(groups_per_step=2, max_lag=0)
+        buffer = GroupBuffer(Schedule(groups_per_step=2, max_lag=0))
         await buffer.admit()
         await buffer.fulfil(group(0, 0))
         with pytest.raises(DeadlinePassed, match=r"step 1: groups \[1\]"):
@@ -133,7 +134,7 @@ def test_a_missing_group_is_named_at_the_deadline() -> None:
 
 def test_a_ticket_is_fulfilled_once() -> None:
     async def body() -> None:
-        buffer = GroupBuffer(groups_per_step=1, max_lag=0)
+        buffer = GroupBuffer(Schedule(groups_per_step=1, max_lag=0))
         await buffer.admit()
         await buffer.fulfil(group(0, 0))
         with pytest.raises(RunError, match="fulfilled twice or was never admitted"):

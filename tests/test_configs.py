@@ -164,6 +164,12 @@ def test_what_has_no_default_is_asked_for(tmp_path: Path) -> None:
         (["algorithm.kl_in=reward"], "algorithm.kl_in"),
         (["algorithm.loss=gspo", "algorithm.level=turn"], "algorithm.level"),
         (["model.lora_alpha=16.0"], "model.lora_alpha"),
+        (["rollout.max_lag=0", "rollout.window=2", "algorithm.mismatch=none"], "rollout.window"),
+        (["rollout.window=17"], "rollout.window"),
+        (["rollout.window=2", "rollout.cut=0.9"], "rollout.window"),
+        (["rollout.cut_group=0.5"], "rollout.cut_group"),
+        (["rollout.cut=0.9", "rollout.cut_group=1.0"], "rollout.cut_group"),
+        (["rollout.cut=0.9", "rollout.group_size=2"], "rollout.cut_group"),
     ],
 )
 def test_contradictions_and_settings_without_effect_are_refused(
@@ -203,6 +209,9 @@ def test_what_is_rarely_meant_is_a_warning(minimal: Path, overrides: list[str], 
         ["algorithm.kl=k1", "algorithm.kl_in=reward", "algorithm.kl_coef=0.05"],
         ["algorithm.proximal=loglinear", "algorithm.mismatch=geometric_mask"],
         ["model.lora_rank=8", "model.lora_alpha=16.0"],
+        ["rollout.cut=0.9", "rollout.group_size=6"],
+        ["rollout.window=16"],
+        ["rollout.dynamic_sampling=true", "rollout.adaptive_concurrency=true"],
     ],
 )
 def test_combinations_that_are_meant_pass(minimal: Path, overrides: list[str]) -> None:

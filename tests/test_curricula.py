@@ -5,6 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 
+from loopwright.algorithms.admission import Schedule
 from loopwright.algorithms.curricula import (
     CurriculumError,
     pass_rate_weight,
@@ -61,7 +62,7 @@ def test_what_is_settled_is_released_before_the_ticket_is_admitted(max_lag: int)
     size = 4
 
     async def run() -> None:
-        buffer = GroupBuffer(groups_per_step=size, max_lag=max_lag)
+        buffer = GroupBuffer(Schedule(groups_per_step=size, max_lag=max_lag))
         admitted = 0
         for version in range(6):
             while admitted < (version + max_lag + 1) * size:

@@ -7,11 +7,17 @@ import numpy as np
 import pytest
 
 from loopwright.actors.chat import ChatFormat
-from loopwright.actors.episode import ENGINE_FAULT, EngineLost, EpisodeLimits, play_episode
+from loopwright.actors.episode import (
+    EngineLost,
+    EpisodeLimits,
+    Progress,
+    TakenBack,
+    play_episode,
+)
 from loopwright.actors.tiny_model import train_tokenizer
 from loopwright.algorithms.records import EndReason, Outcome, Rollout
 from loopwright.envs.protocol import TaskError, Verdict
-from tests.scripted import TASK, ScriptedEngine, ScriptedEnv, reply
+from tests.scripted import TASK, Aborted, ScriptedEngine, ScriptedEnv, reply
 
 
 @pytest.fixture(scope="module")
@@ -179,18 +185,138 @@ def test_a_broken_task_goes_through(chat: ChatFormat) -> None:
         )
 
 
-def test_a_lost_engine_is_told_from_a_broken_world(chat: ChatFormat) -> None:
-    engine = ScriptedEngine(says=[_ids(chat, "find Ana"), EngineLost("rollout 0: ActorDied")])
-    rollout = _play(ScriptedEnv(steps=[reply("ok")]), engine, chat)
-    assert rollout.outcome is Outcome.INFRA_FAULT
-    assert rollout.fault == f"{ENGINE_FAULT}: rollout 0: ActorDied"
+class TestPartialRollouts:
+    """An engine dies, aborts or is told to stop: the tokens that were handed out stay."""
+
+    @staticmethod
+    def _resume(
+        chat: ChatFormat,
+        first: ScriptedEngine,
+        second: ScriptedEngine,
+        env: ScriptedEnv,
+        **limits: Any,
+    ) -> tuple[Rollout, list[str]]:
+        reasons: list[str] = []
+
+        async def another(why: str) -> ScriptedEngine:
+            reasons.append(why)
+            return second
+
+        playing = play_episode(
+            env, TASK, 2, first, chat, _limits(**limits), seed=5, priority=7, another=another
+        )
+        return asyncio.run(playing), reasons
+
+    def test_an_episode_goes_on_elsewhere_from_its_tokens(self, chat: ChatFormat) -> None:
+        said = [_ids(chat, "find Ana"), _ids(chat, "17 ok"), _ids(chat, "done")]
+        steps = [reply("ok"), reply("ok"), reply("", terminated=True)]
+        whole = _play(ScriptedEnv(steps=steps), ScriptedEngine(says=said), chat)
+        dying = ScriptedEngine(says=[said[0], EngineLost("rollout 0: ActorDied")])
+        heir = ScriptedEngine(says=said[1:])
+        env = ScriptedEnv(steps=steps)
+        rollout, reasons = self._resume(chat, dying, heir, env)
+        assert _tokens(rollout) == _tokens(whole) and rollout.reward == whole.reward
+        assert reasons == ["rollout 0: ActorDied"]
+        assert env.heard == ["find Ana", "17 ok", "done"], "no turn is played twice"
+        lost, again = dying.asked[1], heir.asked[0]
+        assert again.prompt_ids.tolist() == lost.prompt_ids.tolist()
+        assert (again.seed, again.sampled) == (lost.seed, 0) and again.session == lost.session
+        assert rollout.saved_tokens == len(said[0])
+        (context,) = rollout.contexts
+        versions = context.policy_versions[context.action_mask].tolist()
+        assert versions == [0] * len(said[0]) + [0] * len(said[1]) + [1] * len(said[2])
+
+    def test_what_a_long_turn_has_so_far_outlives_the_engine(self, chat: ChatFormat) -> None:
+        """It was asked for in pieces; the last one alone is sampled again."""
+        text = _ids(chat, "find Ana = 17 . ok", stop=False)[:7]
+        stop = chat.stop_token_ids[-1]
+        dying = ScriptedEngine(says=[text[:3], text[3:6], EngineLost("gone")])
+        heir = ScriptedEngine(says=[[text[6], stop]])
+        env = ScriptedEnv(steps=[reply("", terminated=True)])
+        rollout, _ = self._resume(chat, dying, heir, env, max_new_tokens=20, piece_tokens=3)
+        (context,) = rollout.contexts
+        assert context.token_ids[context.action_mask].tolist() == [*text, stop]
+        assert env.heard == [chat.decode(np.array([*text, stop], np.int32))]
+        assert [r.sampled for r in (*dying.asked, *heir.asked)] == [0, 3, 6, 6]
+        assert {r.seed for r in (*dying.asked, *heir.asked)} == {dying.asked[0].seed}
+        prompt = dying.asked[0].prompt_ids.tolist()
+        assert heir.asked[0].prompt_ids.tolist() == prompt + text[:6]
+        assert context.policy_versions[context.action_mask].tolist() == [0] * 3 + [1] * 3 + [0] * 2
+        assert set(context.turn_ids[context.action_mask].tolist()) == {0}, "one turn all the same"
+        assert (rollout.turns, rollout.saved_tokens) == (1, 6)
+
+    def test_a_turn_in_pieces_keeps_its_budget(self, chat: ChatFormat) -> None:
+        text = _ids(chat, "find Ana = 17 . ok", stop=False)[:7]
+        engine = ScriptedEngine(says=[text[:3], text[3:6], text[6:]])
+        env = ScriptedEnv(steps=[reply("", terminated=True)])
+        rollout = _play(env, engine, chat, max_new_tokens=7, piece_tokens=3)
+        assert [r.max_new_tokens for r in engine.asked] == [3, 3, 1]
+        (context,) = rollout.contexts
+        assert context.token_ids[context.action_mask].tolist() == text
+
+    def test_an_aborted_sequence_goes_on_from_its_tokens(self, chat: ChatFormat) -> None:
+        said = _ids(chat, "find Ana")
+        engine = ScriptedEngine(says=[Aborted(said[:2]), Aborted([]), said[2:]])
+        env = ScriptedEnv(steps=[reply("", terminated=True)])
+        rollout = _play(env, engine, chat)
+        (context,) = rollout.contexts
+        assert context.token_ids[context.action_mask].tolist() == said
+        assert [r.sampled for r in engine.asked] == [0, 2, 2]
+        assert engine.asked[1].max_new_tokens == 8 - 2
+        assert len({r.request_id for r in engine.asked}) == 3
+
+    def test_the_clock_stands_still_while_no_engine_is_there(self, chat: ChatFormat) -> None:
+        said = _ids(chat, "done")
+
+        async def scenario() -> Rollout:
+            async def another(_why: str) -> ScriptedEngine:
+                await asyncio.sleep(0.4)
+                return ScriptedEngine(says=[said])
+
+            return await play_episode(
+                ScriptedEnv(steps=[reply("", terminated=True)]),
+                TASK,
+                0,
+                ScriptedEngine(says=[EngineLost("gone")]),
+                chat,
+                _limits(timeout_s=0.3),
+                seed=0,
+                priority=0,
+                another=another,
+            )
+
+        assert asyncio.run(scenario()).outcome is Outcome.SCORED
+
+    def test_without_another_engine_it_is_a_fault(self, chat: ChatFormat) -> None:
+        engine = ScriptedEngine(says=[EngineLost("rollout 0: ActorDied")])
+        rollout = _play(ScriptedEnv(steps=[]), engine, chat)
+        assert rollout.outcome is Outcome.INFRA_FAULT
+        assert rollout.fault == "engine raised in generate: EngineLost: rollout 0: ActorDied"
+
+    def test_taken_back_it_has_no_rollout(self, chat: ChatFormat) -> None:
+        progress = Progress(taken_back=True)
+        said = _ids(chat, "find Ana")
+        with pytest.raises(TakenBack):
+            asyncio.run(
+                play_episode(
+                    ScriptedEnv(steps=[]),
+                    TASK,
+                    0,
+                    ScriptedEngine(says=[Aborted(said[:2])]),
+                    chat,
+                    _limits(),
+                    seed=0,
+                    priority=0,
+                    progress=progress,
+                )
+            )
+        assert (progress.tokens, progress.turns) == (2, 0)
 
 
 def test_an_engine_that_refuses_is_not_blamed_on_the_world(chat: ChatFormat) -> None:
     engine = ScriptedEngine(says=[ValueError("too long")])
     rollout = _play(ScriptedEnv(steps=[]), engine, chat)
     assert rollout.fault == "engine raised in generate: ValueError: too long"
-    assert not rollout.fault.startswith(ENGINE_FAULT), "it is alive: no reason to restart it"
 
 
 def test_requests_carry_session_seed_and_priority(chat: ChatFormat) -> None:

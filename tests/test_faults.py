@@ -36,7 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def assert_clean(folder: Path, steps: int, *, missing: int = 0) -> None:
     """Every step taken, each finished rollout trained exactly once, weights that follow from the
     ledger, no shared memory left."""
-    found = audit(folder / "ledger" / FILE, groups_per_step=P)
+    found = audit(folder / "ledger" / FILE)
     assert (found.unused, found.twice, found.unknown) == ((), (), ())
     assert found.trained == steps * P * K - missing
     assert sorted(read(folder / "ledger" / FILE).trained) == list(range(1, steps + 1))

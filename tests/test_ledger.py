@@ -19,6 +19,7 @@ from loopwright.algorithms.records import (
     decode,
     encode,
 )
+from loopwright.algorithms.unused import Cancelled
 from loopwright.orchestrator.ledger import Ledger, LedgerError, audit, read, read_frames
 
 
@@ -57,7 +58,8 @@ def fill(folder: Path, tickets: int = 4, attempts: int = 2) -> Path:
             ledger.rollout(ticket, encode(rollout(ticket, attempt)))
         ledger.group(ticket, b"task")
     half = tickets // 2
-    ledger.step(1, [(t, a) for t in range(half) for a in range(attempts)], 17)
+    trained = [(t, a) for t in range(half) for a in range(attempts)]
+    ledger.step(1, list(range(half)), trained, 17)
     ledger.close()
     return ledger.path
 
@@ -122,7 +124,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 def test_the_audit_finds_lost_and_repeated_rollouts(tmp_path: Path) -> None:
     path = fill(tmp_path)
-    clean = audit(path, groups_per_step=2)
+    clean = audit(path)
     assert (clean.finished, clean.trained, clean.unused, clean.twice, clean.unknown) == (
         8,
         4,
@@ -131,18 +133,47 @@ def test_the_audit_finds_lost_and_repeated_rollouts(tmp_path: Path) -> None:
         (),
     )
     ledger = Ledger(tmp_path)
-    ledger.step(2, [(2, 0), (2, 1), (3, 0), (0, 0), (9, 9)], 18)
+    ledger.step(2, [2, 3], [(2, 0), (2, 1), (3, 0), (0, 0), (9, 9)], 18)
     ledger.close()
-    found = audit(path, groups_per_step=2)
+    found = audit(path)
     assert (found.unused, found.twice, found.unknown) == (((3, 1),), ((0, 0),), ((9, 9),))
 
 
 def test_a_step_trained_again_after_a_crash_counts_once(tmp_path: Path) -> None:
     path = fill(tmp_path)
     ledger = Ledger(tmp_path)
-    ledger.step(1, [(0, 0), (0, 1), (1, 0), (1, 1)], 17)
+    ledger.step(1, [0, 1], [(0, 0), (0, 1), (1, 0), (1, 1)], 17)
     ledger.close()
-    assert audit(path, groups_per_step=2).twice == ()
+    assert audit(path).twice == ()
+
+
+def test_what_was_left_out_is_on_record_and_no_loss(tmp_path: Path) -> None:
+    """Taken back while it was played; replaced, because all rewards of its group were equal."""
+    path = fill(tmp_path)
+    gone = Cancelled(ticket=2, attempt=7, turns=3, tokens=99, seconds=1.5)
+    ledger = Ledger(tmp_path)
+    ledger.cancelled(gone)
+    ledger.discarded(2, [0, 1], "all rewards are equal")
+    ledger.rollout(2, encode(rollout(2, 1000)))
+    ledger.step(2, [2, 3], [(2, 1000), (3, 0), (3, 1)], 18)
+    ledger.close()
+    state = read(path)
+    assert state.cancelled == {2: {7: gone}} and state.discarded == {2: {0, 1}}
+    assert (state.consumed(1), state.planned(1)) == ([0, 1], {2: (2, 3)})
+    found = audit(path)
+    assert (found.unused, found.twice, found.unknown) == ((), (), ())
+    assert (found.finished, found.cancelled, found.discarded) == (7, 1, 2)
+
+
+def test_a_checkpoint_frees_what_its_steps_took(tmp_path: Path) -> None:
+    fill(tmp_path)
+    ledger = Ledger(tmp_path)
+    ledger.forget_before(0)
+    assert sorted(ledger.state.rollouts) == [0, 1, 2, 3]
+    ledger.forget_before(1)
+    assert sorted(ledger.state.rollouts) == [2, 3] and sorted(ledger.state.groups) == [2, 3]
+    ledger.close()
+    assert sorted(read(ledger.path).rollouts) == [0, 1, 2, 3], "the file keeps them"
 
 
 def test_a_torn_tail_is_cut_and_writing_goes_on(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_a_history_that_does_not_add_up_is_an_error(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ledger = Ledger(run / "ledger")
-    ledger.step(2, [(2, 0), (2, 0), (7, 1)], 18)
+    ledger.step(2, [2, 3], [(2, 0), (2, 0), (7, 1)], 18)
     ledger.close()
     assert main(["ledger", str(run)]) == 1
     told = capsys.readouterr().out

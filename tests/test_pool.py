@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 from loopwright.actors.engine import UpdateReport
-from loopwright.actors.env_worker import EpisodeOrder, WorkerLost
-from loopwright.actors.episode import ENGINE_FAULT
+from loopwright.actors.env_worker import EpisodeOrder, Parked, WorkerLost
 from loopwright.actors.weights import WeightManifest
 from loopwright.algorithms.records import Outcome
 from loopwright.orchestrator.faults import ActorLost, DeadlinePassed, RunError
 from loopwright.orchestrator.pool import WeightsNotProven
+from tests.scripted import ScriptedActor
 from tests.scripted_pool import (
     Events,
     acknowledged,
@@ -27,6 +27,18 @@ from tests.scripted_pool import (
 )
 
 LOST = ActorLost("gone")
+GONE = Parked(why="rollout 0: gone")
+
+
+def parking_worker(play: Any = None, **answers: Any) -> ScriptedActor:
+    """A worker whose first episode loses its engine, and goes on well on the next."""
+    last: list[EpisodeOrder] = []
+
+    def playing(order: EpisodeOrder) -> Any:
+        last.append(order)
+        return (play or then(GONE))(order)
+
+    return worker(0, playing, **({"go_on": lambda _key, _engine: rollout_of(last[0])} | answers))
 
 
 @pytest.mark.parametrize("error", [LOST, WorkerLost("restarted")])
@@ -60,16 +72,15 @@ def test_a_worker_that_hangs_is_killed_and_restarted() -> None:
 
 def test_a_lost_engine_gets_start_then_the_newest_weights_before_it_serves() -> None:
     async def scenario() -> None:
-        fault = f"{ENGINE_FAULT}: rollout 0: gone"
         lost = engine()
-        player = worker(0, then(lambda order: rollout_of(order, fault), rollout_of))
+        player = parking_worker()
         pool = pool_of([lost], [player], Events())
         await pool.start(manifest(0))
         await pool.publish(manifest(1))
         assert (await play(pool)).outcome is Outcome.SCORED
         assert lost.called() == ["start", "update", "update", "start", "update"]
         assert [args[0].version for method, args in lost.calls if method == "update"] == [0, 1, 1]
-        assert len(orders(player)) == 2
+        assert player.called() == ["start", "play", "go_on"], "nothing is played again"
         await pool.close()
 
     run(scenario())
@@ -84,9 +95,8 @@ def test_episodes_wait_until_the_restarted_engine_holds_the_weights() -> None:
             return acknowledged(published, on_update)
 
         events = Events()
-        fault = f"{ENGINE_FAULT}: rollout 0: gone"
         lost = engine(update=then(acknowledged, slowly))
-        player = worker(0, then(lambda order: rollout_of(order, fault), rollout_of))
+        player = parking_worker()
         pool = pool_of([lost], [player], events)
         await pool.start(manifest(0))
         playing = asyncio.create_task(play(pool))
@@ -127,9 +137,8 @@ def test_a_loss_seen_by_an_episode_before_the_publish_sees_it_does_not_end_the_r
             await die.wait()
             return ActorLost("rollout 0: died while updating")
 
-        fault = f"{ENGINE_FAULT}: rollout 0: gone"
         lost = engine(update=then(acknowledged, dies, acknowledged))
-        player = worker(0, then(lambda order: rollout_of(order, fault), rollout_of))
+        player = parking_worker()
         pool = pool_of([lost], [player], events)
         await pool.start(manifest(0))
         publishing = asyncio.create_task(pool.publish(manifest(1)))
@@ -150,20 +159,58 @@ def test_late_reports_about_a_former_life_restart_nothing() -> None:
 
     async def scenario() -> None:
         events, late = Events(), asyncio.Event()
-        fault = f"{ENGINE_FAULT}: rollout 0: gone"
 
-        async def reports_late(order: EpisodeOrder) -> bytes:
+        async def reports_late(_order: EpisodeOrder) -> Parked:
             await late.wait()
-            return rollout_of(order, fault)
+            return GONE
 
-        player = worker(0, then(reports_late, lambda order: rollout_of(order, fault), rollout_of))
+        player = parking_worker(then(reports_late, lambda _: GONE))
         pool = pool_of([engine()], [player], events)
         await pool.start(manifest(0))
         playing = [asyncio.create_task(play(pool, attempt)) for attempt in range(2)]
         await events.wait_for("actor_back")
         late.set()
-        assert [(await p).attempt for p in playing] == [0, 1]
-        assert events.count("actor_lost") == 1
+        assert [(await p).attempt for p in playing] == [0, 0]
+        assert events.count("actor_lost") == 1 and pool.resumed == 2
+        await pool.close()
+
+    run(scenario())
+
+
+def test_an_episode_goes_on_on_the_other_engine_at_once() -> None:
+    async def scenario() -> None:
+        events, proceed = Events(), asyncio.Event()
+
+        async def slowly() -> int:
+            await proceed.wait()
+            return 100
+
+        dying = engine(0, start=then(100, slowly))
+        player = parking_worker()
+        pool = pool_of([dying, engine(1)], [player], events)
+        await pool.start(manifest(0))
+        assert (await play(pool)).outcome is Outcome.SCORED
+        assert orders(player)[0].engine == 0
+        (went_on,) = [args for method, args in player.calls if method == "go_on"]
+        assert went_on == (orders(player)[0].key, 1), "the other one, while the first restarts"
+        assert events.count("actor_back") == 0 and pool.resumed == 1
+        assert pool.playing == 0
+        proceed.set()
+        await events.wait_for("actor_back")
+        await pool.close()
+
+    run(scenario())
+
+
+def test_a_parked_episode_whose_worker_dies_is_played_again() -> None:
+    async def scenario() -> None:
+        events = Events()
+        player = parking_worker(then(GONE, rollout_of), go_on=then(LOST))
+        pool = pool_of([engine()], [player], events)
+        await pool.start(manifest(0))
+        assert (await play(pool)).outcome is Outcome.SCORED
+        assert [m for m in player.called() if m != "start"] == ["play", "go_on", "play"]
+        assert events.count("actor_lost") == 2
         await pool.close()
 
     run(scenario())

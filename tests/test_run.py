@@ -34,7 +34,7 @@ def test_a_run_leaves_summary_curve_ledger_and_checkpoints(tmp_path: Path, polic
     assert [step for step, _ in summary["curve"]] == [0, 3]
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert [step for step, _ in checkpoints(folder)] == [2, 3]
-    found = audit(folder / "ledger" / FILE, groups_per_step=P)
+    found = audit(folder / "ledger" / FILE)
     assert (found.trained, found.unused, found.twice, found.unknown) == (3 * P * K, (), (), ())
     assert load(folder / "config.toml").config.run.steps == 3
 
@@ -128,7 +128,7 @@ def test_a_run_stopped_by_its_time_is_resumed_to_the_end(tmp_path: Path, policy:
     assert code == DONE
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["complete"] is True and summary["steps"] == 3
-    found = audit(folder / "ledger" / FILE, groups_per_step=P)
+    found = audit(folder / "ledger" / FILE)
     assert (found.trained, found.unused, found.twice, found.unknown) == (3 * P * K, (), (), ())
 
 
@@ -147,7 +147,7 @@ def test_a_killed_run_takes_the_same_steps_again(tmp_path: Path, policy: str) ->
     for ticket, attempts in before.rollouts.items():
         # a group that was still being played when the run ended is played to its end
         assert {k: after.rollouts[ticket][k] for k in attempts} == attempts
-    found = audit(folder / "ledger" / FILE, groups_per_step=P)
+    found = audit(folder / "ledger" / FILE)
     assert (found.unused, found.twice, found.unknown) == ((), (), ())
     assert len(set(after.checksums.values())) > 2, "most steps changed nothing: a weak test"
 

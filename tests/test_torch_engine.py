@@ -55,6 +55,8 @@ def bench(
 class TestTorchEngine(EngineConformance):
     """The shared suite."""
 
+    resumes_exactly = True
+
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 48,

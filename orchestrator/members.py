@@ -1,0 +1,116 @@
+"""Who plays the next episode: seats on engines and environment workers.
+
+A new episode goes to the member with the fewest; all its turns stay there. Where a member may hold
+only so many (`Throttle`), episodes wait for a seat, the lowest priority number first.
+"""
+
+import asyncio
+import heapq
+from dataclasses import dataclass, field
+
+from loopwright.actors.engine import EngineStats
+from loopwright.orchestrator.cluster import Actor
+
+_KV_FULL = 0.9  # share of the KV cache that running sequences hold when it is short
+_GROWTH = 8  # of a limit that was not reached for want of room: by an eighth
+
+
+@dataclass(slots=True)
+class Throttle:
+    """How many episodes an engine may have, so that its KV cache holds all of them.
+
+    More episodes than fit do not make an engine faster: what waits evicts the cached prefixes of
+    others (or, in vLLM, preempts them), and all of that is prefilled again. Under pressure the
+    limit falls to what is really running; without, it grows by an eighth, so that it finds the
+    largest number that fits, and follows it when episodes get longer.
+    """
+
+    most: int
+    limit: int = 0
+    _preempted: int = 0
+
+    def __post_init__(self) -> None:
+        self.limit = self.limit or self.most
+
+    def observe(self, stats: EngineStats, episodes: int) -> bool:
+        """Take new counters of an engine with so many `episodes`; whether the limit has moved."""
+        before = self.limit
+        preempted = stats.preempted > self._preempted
+        self._preempted = stats.preempted
+        if preempted or (stats.waiting and stats.kv_used_frac >= _KV_FULL):
+            served = stats.running / max(stats.running + stats.waiting, 1)
+            self.limit = max(1, min(before, int(episodes * served)))
+        elif episodes >= before:
+            self.limit = min(self.most, before + max(1, before // _GROWTH))
+        return self.limit != before
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """One actor of the pool."""
+
+    actor: Actor
+    throttle: Throttle | None = None
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+    episodes: int = 0
+    stats: EngineStats | None = None
+    pid: int = 0
+    life: int = 0  # how often it was lost; a late report about a former life is no news
+
+    @property
+    def has_seat(self) -> bool:
+        """Whether it can take one more episode."""
+        full = self.throttle is not None and self.episodes >= self.throttle.limit
+        return self.ready.is_set() and not full
+
+
+class Seats:
+    """The members of one kind, and who waits for one of them."""
+
+    def __init__(self, members: list[Member]) -> None:
+        self.members = members
+        self._waiting: list[tuple[int, int, asyncio.Future[Member]]] = []
+        self._serial = 0
+        self._failed: Exception | None = None
+
+    async def take(self, priority: int) -> Member:
+        """A seat on the member with the fewest episodes, as soon as there is one."""
+        if self._failed is not None:
+            raise self._failed
+        self._serial += 1
+        seat: asyncio.Future[Member] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (priority, self._serial, seat))
+        self.changed()
+        try:
+            return await seat
+        except asyncio.CancelledError:
+            if seat.done() and not seat.cancelled() and seat.exception() is None:
+                self.leave(seat.result())  # given in the same moment
+            seat.cancel()
+            raise
+
+    def leave(self, member: Member) -> None:
+        """The episode is over, or goes elsewhere."""
+        member.episodes -= 1
+        self.changed()
+
+    def changed(self) -> None:
+        """Somebody is ready again, or may hold more: serve who waits."""
+        while self._waiting:
+            if self._waiting[0][2].done():  # it does not wait any more
+                heapq.heappop(self._waiting)
+                continue
+            free = [m for m in self.members if m.has_seat]
+            if not free:
+                return
+            member = min(free, key=lambda m: m.episodes)
+            member.episodes += 1
+            heapq.heappop(self._waiting)[2].set_result(member)
+
+    def fail(self, error: Exception) -> None:
+        """Nobody will be ready again: tell all who wait."""
+        self._failed = error
+        for _, _, seat in self._waiting:
+            if not seat.done():
+                seat.set_exception(error)
+        self._waiting.clear()

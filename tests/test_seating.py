@@ -1,0 +1,206 @@
+"""Episodes that are taken back, and how many an engine gets: seats over scripted actors."""
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from loopwright.actors.engine import EngineStats
+from loopwright.actors.env_worker import Cut, EpisodeOrder
+from loopwright.algorithms.records import Outcome
+from loopwright.orchestrator.faults import DeadlinePassed
+from loopwright.orchestrator.members import Throttle
+from loopwright.orchestrator.pool import Pool
+from loopwright.orchestrator.seating import EpisodeTakenBack
+from tests.scripted import TASK
+from tests.scripted_pool import (
+    LIMITS,
+    Events,
+    engine,
+    manifest,
+    orders,
+    play,
+    pool_of,
+    rollout_of,
+    run,
+    worker,
+)
+
+STATS = EngineStats(
+    version=0,
+    running=0,
+    waiting=0,
+    generated_tokens=0,
+    prefill_tokens=0,
+    cached_prefix_tokens=0,
+    busy_s=0.0,
+    uptime_s=1.0,
+)
+
+
+async def play_unless(pool: Pool, take_back: asyncio.Event) -> Any:
+    """One episode that may be taken back."""
+    return await pool.play(TASK, 0, seed=9, priority=1, limits=LIMITS, take_back=take_back)
+
+
+class TestTakingBack:
+    """Episodes that are not wanted any more."""
+
+    def test_it_says_how_far_it_had_come(self) -> None:
+        async def scenario() -> None:
+            playing, over = asyncio.Event(), asyncio.Event()
+            cut = Cut(turns=2, tokens=31, seconds=0.5)
+
+            async def long(_order: EpisodeOrder) -> Cut:
+                playing.set()
+                await over.wait()
+                return cut
+
+            def take_back(_key: str) -> Cut:
+                over.set()
+                return cut
+
+            player = worker(0, long, take_back=take_back)
+            pool = pool_of([engine()], [player], Events())
+            await pool.start(manifest(0))
+            wanted = asyncio.Event()
+            task = asyncio.create_task(play_unless(pool, wanted))
+            await playing.wait()
+            wanted.set()
+            with pytest.raises(EpisodeTakenBack) as taken:
+                await task
+            assert taken.value.cut == cut and pool.playing == 0
+            assert player.calls[-1] == ("take_back", (orders(player)[0].key,))
+            await pool.close()
+
+        run(scenario())
+
+    def test_one_that_ends_in_the_same_moment_counts(self) -> None:
+        async def scenario() -> None:
+            playing, over = asyncio.Event(), asyncio.Event()
+
+            async def nearly_done(order: EpisodeOrder) -> bytes:
+                playing.set()
+                await over.wait()
+                return rollout_of(order)
+
+            def too_late(_key: str) -> None:
+                over.set()
+
+            player = worker(0, nearly_done, take_back=too_late)
+            pool = pool_of([engine()], [player], Events())
+            await pool.start(manifest(0))
+            wanted = asyncio.Event()
+            task = asyncio.create_task(play_unless(pool, wanted))
+            await playing.wait()
+            wanted.set()
+            assert (await task)[0].outcome is Outcome.SCORED
+            await pool.close()
+
+        run(scenario())
+
+    def test_one_that_waits_for_an_engine_has_not_begun(self) -> None:
+        async def scenario() -> None:
+            busy = asyncio.Event()
+
+            async def slowly(order: EpisodeOrder) -> bytes:
+                await busy.wait()
+                return rollout_of(order)
+
+            pool = pool_of([engine()], [worker(0, slowly)], Events(), most_episodes=1)
+            await pool.start(manifest(0))
+            first = asyncio.create_task(play(pool))
+            wanted = asyncio.Event()
+            second = asyncio.create_task(play_unless(pool, wanted))
+            while pool.playing < 1:
+                await asyncio.sleep(0)
+            wanted.set()
+            with pytest.raises(EpisodeTakenBack, match="0 tokens"):
+                await second
+            busy.set()
+            assert (await first).outcome is Outcome.SCORED
+            await pool.close()
+
+        run(scenario())
+
+    def test_a_worker_that_hangs_does_not_hold_the_step(self) -> None:
+        async def scenario() -> None:
+            playing = asyncio.Event()
+
+            async def hangs(_order: EpisodeOrder) -> bytes:
+                playing.set()
+                await asyncio.Event().wait()
+                raise AssertionError("nobody sets it")
+
+            silence = DeadlinePassed("an episode to be handed back: no answer")
+            player = worker(0, hangs, take_back=lambda _key: silence)
+            events = Events()
+            pool = pool_of([engine()], [player], events)
+            await pool.start(manifest(0))
+            wanted = asyncio.Event()
+            task = asyncio.create_task(play_unless(pool, wanted))
+            await playing.wait()
+            wanted.set()
+            with pytest.raises(EpisodeTakenBack):
+                await task
+            await events.wait_for("actor_back")
+            assert player.restarts == 1
+            await pool.close()
+
+        run(scenario())
+
+
+class TestThrottle:
+    """How many episodes an engine gets, by what its KV cache holds."""
+
+    def test_it_falls_to_what_runs_and_grows_again(self) -> None:
+        throttle = Throttle(most=32)
+        full = replace(STATS, running=10, waiting=10, kv_used_frac=0.97)
+        assert throttle.observe(full, 32) and throttle.limit == 16
+        assert not throttle.observe(replace(STATS, running=10), 12), "nobody waits for a seat"
+        assert throttle.observe(replace(STATS, running=16), 16) and throttle.limit == 18
+        for _ in range(20):
+            throttle.observe(replace(STATS, running=16), throttle.limit)
+        assert throttle.limit == 32
+
+    def test_waiting_for_a_slot_is_no_pressure(self) -> None:
+        throttle = Throttle(most=32)
+        assert not throttle.observe(replace(STATS, running=4, waiting=28, kv_used_frac=0.2), 32)
+
+    def test_a_preempted_sequence_is(self) -> None:
+        throttle = Throttle(most=8)
+        assert throttle.observe(replace(STATS, running=6, waiting=2, preempted=1), 8)
+        assert throttle.limit == 6
+        assert throttle.observe(replace(STATS, running=6, preempted=1), 6), "no new one: it grows"
+        assert throttle.limit == 7
+
+    def test_one_episode_always_runs(self) -> None:
+        throttle = Throttle(most=4)
+        throttle.observe(replace(STATS, running=0, waiting=4, kv_used_frac=1.0), 4)
+        assert throttle.limit == 1
+
+    def test_who_waits_gets_seats_by_age(self) -> None:
+        async def scenario() -> None:
+            gate = asyncio.Semaphore(0)
+
+            async def slowly(order: EpisodeOrder) -> bytes:
+                await gate.acquire()
+                return rollout_of(order)
+
+            player = worker(0, slowly)
+            pool = pool_of([engine()], [player], Events(), most_episodes=1)
+            await pool.start(manifest(0))
+            playing = [
+                asyncio.create_task(pool.play(TASK, 0, seed=1, priority=p, limits=LIMITS))
+                for p in (0, 7, 3, 5)
+            ]
+            for _ in range(30):
+                await asyncio.sleep(0)
+            for _ in playing:
+                gate.release()
+            await asyncio.gather(*playing)
+            assert [order.priority for order in orders(player)] == [0, 3, 5, 7]
+            await pool.close()
+
+        run(scenario())
