@@ -14,6 +14,7 @@ from loopwright.actors.engine import (
     OnUpdate,
     UpdateReport,
 )
+from loopwright.actors.envelopes import Answer, Envelope, PostOffice
 from loopwright.actors.episode import EngineLost
 from loopwright.actors.weights import WeightManifest
 from loopwright.configs.backends import load_backend
@@ -25,6 +26,7 @@ class RolloutActor:
 
     def __init__(self, engine: str, settings: EngineSettings) -> None:
         self._engine: Engine = load_backend("rollout.engine", engine)(settings)
+        self._post_office = PostOffice(self.generate, self.cancel)
         self._serving = False
         self._started = False
 
@@ -41,6 +43,13 @@ class RolloutActor:
         if not self._serving:
             raise EngineLost("restarted, and not yet given the current weights")
         return await self._engine.generate(request)
+
+    async def exchange(self, envelope: Envelope) -> list[Answer]:
+        """Many turns in one call: take in requests, answer with what is done (`PostOffice`).
+        Raises `EngineLost` as `generate` does."""
+        if not self._serving:
+            raise EngineLost("restarted, and not yet given the current weights")
+        return await self._post_office.exchange(envelope)
 
     async def cancel(self, request_id: str) -> bool:
         """End a turn early: its `generate` returns what it has. False if it is not running."""

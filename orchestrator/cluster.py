@@ -1,9 +1,9 @@
 """The one module that imports Ray: placing actors, calling them with a deadline, killing and
 counting them.
 
-`RayCluster` and `InProcess` offer the same four verbs (`spawn`, `client`, `shutdown`, and
-`Actor.call`), so the same loop runs on a cluster and, with `cluster.address = "none"`, inside one
-process.
+`RayCluster` and `InProcess` (in_process.py) offer the same four verbs (`spawn`, `client`,
+`shutdown`, and `Actor.call`), so the same loop runs on a cluster and, with
+`cluster.address = "none"`, inside one process.
 """
 
 import asyncio
@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import loopwright
 from loopwright.actors.engine import Completion, GenerateRequest
 from loopwright.actors.env_worker import EngineClient
+from loopwright.actors.envelopes import Answer, Envelope, Mailbox
 from loopwright.actors.episode import EngineLost
 from loopwright.orchestrator.faults import ActorGone, ActorLost, DeadlinePassed, RunError
 from loopwright.orchestrator.resources import Needs, Resources
@@ -92,118 +93,47 @@ class Cluster(Protocol):
         ...
 
 
-def _load(target: str) -> Callable[..., Any]:
+def load_target(target: str) -> Callable[..., Any]:
+    """The class that `module:Class` names."""
     module, _, name = target.partition(":")
     loaded: Callable[..., Any] = getattr(importlib.import_module(module), name)
     return loaded
 
 
-class InProcessActor:
-    """An actor without a process: the same object, called directly. Blocking methods run on a
-    thread."""
-
-    def __init__(self, name: str, build: Callable[[], Any]) -> None:
-        self.name = name
-        self._build = build
-        self._object = build()
-
-    async def call(self, method: str, *args: Any, timeout_s: float, waiting_for: str) -> Any:
-        """As `Actor.call`; nothing can be lost here."""
-        bound = getattr(self._object, method)
-        work = (
-            bound(*args) if asyncio.iscoroutinefunction(bound) else asyncio.to_thread(bound, *args)
-        )
-        try:
-            return await asyncio.wait_for(work, timeout_s)
-        except TimeoutError:
-            raise DeadlinePassed(
-                f"{self.name}: {waiting_for}: no answer within {timeout_s:g} s"
-            ) from None
-
-    async def restart(self) -> None:
-        """A fresh object."""
-        self._object = self._build()
-
-    def end(self) -> None:
-        """Forget the object."""
-        self._object = None
-
-    def generate_client(self) -> EngineClient:
-        """The object's own `generate`, whichever object that is at the time."""
-        return InProcessGenerate(self)
-
-    @property
-    def held(self) -> Any:
-        """The object."""
-        return self._object
-
-
-@dataclass(frozen=True, slots=True)
-class InProcessGenerate:
-    """As `RayGenerate`, without a process in between."""
-
-    actor: InProcessActor
-
-    async def __call__(self, request: GenerateRequest) -> Completion:
-        """One completion."""
-        completion: Completion = await self.actor.held.generate(request)
-        return completion
-
-    async def cancel(self, request_id: str) -> bool:
-        """End a request early."""
-        cancelled: bool = await self.actor.held.cancel(request_id)
-        return cancelled
-
-
-class InProcess:
-    """Everything in this process: for reading along in a debugger, and for machines without Ray."""
-
-    description = "this process, no Ray"
-    alone = True
-
-    def __init__(self) -> None:
-        self.resources = Resources.of_this_machine()
-
-    def spawn(self, name: str, target: str, args: tuple[Any, ...], placement: Placement) -> Actor:
-        """As `Cluster.spawn`; placement has no meaning here."""
-        return InProcessActor(name, lambda: _load(target)(*args))
-
-    def tracker(self, run_name: str) -> None:
-        """None: nothing is exported."""
-
-    def shutdown(self) -> None:
-        """Nothing to end."""
-
-
-@dataclass(frozen=True, slots=True)
 class RayGenerate:
-    """Asks a rollout actor for one turn; lives in the environment worker."""
+    """Asks a rollout actor for turns; lives in the environment worker, many turns to a call."""
 
-    handle: Any  # ray.actor.ActorHandle
-    name: str
+    def __init__(self, handle: Any, name: str) -> None:
+        self._handle = handle  # ray.actor.ActorHandle
+        self._name = name
+        self._mailbox = Mailbox(self._exchange)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RayGenerate, (self._handle, self._name)
 
     async def __call__(self, request: GenerateRequest) -> Completion:
         """One completion. Raises `EngineLost` when the actor's process is gone or not yet
         serving."""
-        import ray
-
-        try:
-            completion: Completion = await self.handle.generate.remote(request)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause if isinstance(error.cause, Exception) else error from None
-        except ray.exceptions.RayError as error:
-            raise EngineLost(f"{self.name}: {type(error).__name__}") from None
-        return completion
+        return await self._mailbox.generate(request)
 
     async def cancel(self, request_id: str) -> bool:
         """End a request early. Raises `EngineLost` when the actor's process is gone."""
+        cancelled: bool = await self._ask("cancel", request_id)
+        return cancelled
+
+    async def _exchange(self, envelope: Envelope) -> list[Answer]:
+        answers: list[Answer] = await self._ask("exchange", envelope)
+        return answers
+
+    async def _ask(self, method: str, argument: Any) -> Any:
         import ray
 
         try:
-            cancelled: bool = await self.handle.cancel.remote(request_id)
+            return await getattr(self._handle, method).remote(argument)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, Exception) else error from None
         except ray.exceptions.RayError as error:
-            raise EngineLost(f"{self.name}: {type(error).__name__}") from None
-        return cancelled
+            raise EngineLost(f"{self._name}: {type(error).__name__}") from None
 
 
 class RayActor:
@@ -398,7 +328,7 @@ class RayCluster:
                 if placement.shares_memory
                 else next(self._elsewhere),
             )
-        cls = _load(target)
+        cls = load_target(target)
         if not _is_asynchronous(cls):
             options["max_concurrency"] = 2  # so that a ping is answered during a long step
         actor = RayActor(name, ray.remote(cls).options(**options).remote(*args))
@@ -465,6 +395,8 @@ def connect(
     `RunError` if there is no such cluster, or no room within `timeout_s`.
     """
     if address == "none":
+        from loopwright.orchestrator.in_process import InProcess
+
         return InProcess()
     if "ray" not in sys.modules:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -13,7 +13,6 @@ import pytest
 from loopwright.actors.trainer import Trainer
 from loopwright.actors.trainer_backend import TrainerSettings
 from loopwright.algorithms.records import TrainBatch, encode
-from loopwright.orchestrator.cluster import InProcessActor
 from loopwright.orchestrator.faults import (
     ActorGone,
     ActorLost,
@@ -21,6 +20,7 @@ from loopwright.orchestrator.faults import (
     RestartBudget,
     RunError,
 )
+from loopwright.orchestrator.in_process import InProcessActor
 from loopwright.orchestrator.training import Training
 
 
