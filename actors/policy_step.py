@@ -36,14 +36,29 @@ LOG_RATIO_LIMIT = (
 )
 
 
-def take_step(backend: TrainerBackend, batch: TrainBatch) -> dict[str, float]:
-    """All epochs and minibatches over `batch`. Returns the metrics, the same on every rank.
+class TokenRecord:
+    """What a step did to each token of its batch, kept where somebody asks: [N] each, 0 where there
+    is no action token."""
+
+    def __init__(self, tokens: int) -> None:
+        self.proximal = np.zeros(tokens, dtype=np.float32)  # logprobs
+        self.advantages = np.zeros(tokens, dtype=np.float32)
+        # d loss / d logprob when its minibatch was first trained on: the loss weight
+        self.gradient = np.zeros(tokens, dtype=np.float32)
+        self.minibatch = np.full(tokens, -1, dtype=np.int32)  # of the first pass
+
+
+def take_step(
+    backend: TrainerBackend, batch: TrainBatch, record: TokenRecord | None = None
+) -> dict[str, float]:
+    """All epochs and minibatches over `batch`. Returns the metrics, the same on every rank; fills
+    `record`, where there is one, with this rank's tokens.
 
     Raises `BackendError` once more than 20 minibatches of the run had a loss or gradient that is
     not finite.
     """
     started = time.perf_counter()
-    step = _Step(backend, batch)
+    step = _Step(backend, batch, record)
     step.run()
     backend.step = batch.step
     return step.progress.summed(backend.ranks).metrics(
@@ -127,8 +142,11 @@ def _as_many_as_others(backend: TrainerBackend, own: list[MicroBatch]) -> list[M
 class _Step:
     """What one step needs on one rank."""
 
-    def __init__(self, backend: TrainerBackend, batch: TrainBatch) -> None:
+    def __init__(
+        self, backend: TrainerBackend, batch: TrainBatch, record: TokenRecord | None
+    ) -> None:
         self.backend = backend
+        self.record = record
         self.batch = batch
         self.settings = backend.settings
         self.rate = learning_rate(backend.settings, batch.step)
@@ -268,12 +286,28 @@ class _Step:
             )
             total += log_ratio
             middle = time.perf_counter()
+            recorded = self._recorded(micro, lp, logprobs.proximal)
             self.backend.backward(loss)
+            if recorded is not None and lp.grad is not None:
+                recorded.gradient[micro.tokens] = lp.grad.cpu().numpy()
             progress.seconds["forward"] += middle - started
             progress.seconds["backward"] += time.perf_counter() - middle
         if finds and self.settings.epochs > 1:
             self.proximal = self.proximal + self.backend.ranks.sum(found)
         return float(self.backend.ranks.sum(np.array([total]))[0])
+
+    def _recorded(
+        self, micro: MicroBatch, lp: torch.Tensor, proximal: torch.Tensor
+    ) -> TokenRecord | None:
+        """The record, if this micro-batch is to go into it: in the first pass."""
+        record = self.record
+        if record is None or (record.minibatch[micro.tokens] >= 0).any() or not len(micro.tokens):
+            return None
+        lp.retain_grad()
+        record.proximal[micro.tokens] = proximal.cpu().numpy()
+        record.advantages[micro.tokens] = self.advantages[micro.tokens]
+        record.minibatch[micro.tokens] = len(self.progress.tally.log_ratio_by_minibatch)
+        return record
 
     def _logprobs_of(self, micro: MicroBatch, lp: torch.Tensor, finds: bool) -> TokenLogprobs:
         """What the loss compares the current logprobs of a micro-batch to; `finds`: nothing was

@@ -105,13 +105,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_modules(commands: Any) -> None:
     """The commands that have a module of their own."""
-    from loopwright.orchestrator import envs_command, ledger_command, plan_command, submit
+    from loopwright.orchestrator import (
+        envs_command,
+        ledger_command,
+        plan_command,
+        replay_command,
+        submit,
+    )
 
     for name, module, configured, help_text in (
         ("envs", envs_command, False, "list, describe and play environments"),
         ("plan", plan_command, True, "memory and time of a configuration, before it is started"),
         ("submit", submit, True, "run on a Ray cluster, as a job"),
         ("ledger", ledger_command, False, "verify, summarise and export a run's ledger"),
+        ("replay", replay_command, False, "take recorded steps again; where a number came from"),
     ):
         parser = commands.add_parser(
             name,
@@ -217,6 +224,12 @@ def _plan(arguments: argparse.Namespace) -> int:
     return plan_command.execute(arguments)
 
 
+def _replay(arguments: argparse.Namespace) -> int:
+    from loopwright.orchestrator import replay_command
+
+    return replay_command.execute(arguments)
+
+
 def _doctor(_: argparse.Namespace) -> int:
     from loopwright.orchestrator import doctor
 
@@ -230,6 +243,7 @@ _COMMANDS = {
     "config": _config,
     "envs": _envs,
     "ledger": _ledger,
+    "replay": _replay,
     "submit": _submit,
     "plan": _plan,
     "doctor": _doctor,
