@@ -10,6 +10,7 @@ Text up to a `</think>` is not part of the action.
 
 import ast
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ ActionFormat = Literal["call", "json"]
 MAX_CHARS = (
     2000  # longer actions are refused before parsing: no tool needs them, and parsers recurse
 )
+MAX_CELL_CHARS = 20_000  # of a turn that holds code
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +68,22 @@ def tool_name_span(text: str) -> tuple[int, int] | None:
             start = text.find(found.name, max(text.rfind("</think>"), 0))
             return (start, start + len(found.name)) if start >= 0 else None
     return None
+
+
+_FENCE = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL)
+
+
+def parse_cell(text: str) -> tuple[str, int] | Fault:
+    """The Python of a turn and of how many fenced cells it is made: all ``` blocks in their order,
+    or the whole text if there is none. Never raises."""
+    body = text.rpartition("</think>")[2]
+    if len(body) > MAX_CELL_CHARS:
+        return Fault(category="too_long", hint=f"a turn has at most {MAX_CELL_CHARS} characters")
+    cells = [cell for cell in _FENCE.findall(body) if cell.strip()]
+    code = "\n".join(cells) if cells else "" if "```" in body else body.strip()
+    if not code:
+        return Fault(category="empty", hint="write a ```python block")
+    return code.encode(errors="replace").decode(), max(1, len(cells))
 
 
 def render_action(call: Call, action_format: ActionFormat) -> str:

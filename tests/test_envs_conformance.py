@@ -102,9 +102,14 @@ def test_a_correct_environment_has_no_findings() -> None:
     assert asyncio.run(check(Echo)) == []
 
 
-@pytest.mark.parametrize("style", ["compact", "full"])
-def test_officeworld_conforms(style: str) -> None:
-    assert asyncio.run(check(lambda: OfficeWorld(style=style))) == []  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("style", "action_format"), [("compact", "call"), ("full", "json"), ("full", "code")]
+)
+def test_officeworld_conforms(style: Any, action_format: Any) -> None:
+    def factory() -> OfficeWorld:
+        return OfficeWorld(style=style, action_format=action_format)
+
+    assert asyncio.run(check(factory)) == []
 
 
 @pytest.mark.parametrize("rule", [*RULES, "tasks"])

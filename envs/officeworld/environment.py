@@ -2,46 +2,36 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from random import Random
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
-from loopwright.envs.actions import (
-    ActionFormat,
-    Call,
-    Fault,
-    parse_action,
-    render_action,
-)
-from loopwright.envs.officeworld.api import ApiError, Office, draw_dialect, invoke
-from loopwright.envs.officeworld.apps import APIS, APPS
+from loopwright.envs.actions import Call, Fault, parse_action, parse_cell, render_action
+from loopwright.envs.metrics import CallLog, mentions
+from loopwright.envs.officeworld.api import ApiError, Office, invoke
+from loopwright.envs.officeworld.cells import render_cells
+from loopwright.envs.officeworld.edition import NAME, Edition
+from loopwright.envs.officeworld.full.office import FullOffice, clipped, failure
 from loopwright.envs.officeworld.grading import unit_tests
-from loopwright.envs.officeworld.observe import (
-    Style,
-    error_text,
-    fault_text,
-    result_text,
-    system_message,
-)
-from loopwright.envs.officeworld.population import generate
-from loopwright.envs.officeworld.scenario import Draw, Plan, Scenario
-from loopwright.envs.officeworld.scenarios import SCENARIOS
-from loopwright.envs.officeworld.state import World
+from loopwright.envs.officeworld.scenario import Plan, Scenario
+from loopwright.envs.officeworld.small import SmallOffice
 from loopwright.envs.protocol import EnvSpec, Message, Observation, Step, Task, TaskError, Verdict
+from loopwright.envs.sandbox import Session, Zygote, shared_zygote
 
-NAME = "officeworld"
-WORLDS = 4096  # worlds a split; even seeds are for training, odd ones held out
-VARIANTS: Mapping[str, tuple[int, ...]] = {"train": (0, 1), "test": (2,)}
-PAGE_SIZE: Mapping[Style, int] = {"compact": 3, "full": 5}
-PEOPLE: Mapping[Style, int] = {"compact": 10, "full": 60}
+Style = Literal["compact", "full"]
+OfficeFormat = Literal["call", "json", "code"]
+EDITIONS: Mapping[str, Edition] = MappingProxyType({"compact": SmallOffice(), "full": FullOffice()})
 
 
-@lru_cache(maxsize=1)
-def data_hash() -> str:
+@lru_cache(maxsize=2)
+def data_hash(style: str) -> str:
     """Hash of the API tables and the templates: stored with every rollout through the version."""
-    apis = [(n, a.doc, [(p.name, p.kind, p.doc) for p in a.params]) for n, a in APIS.items()]
-    texts = [(s.name, s.difficulty, s.compact, s.full) for s in SCENARIOS.values()]
+    edition = EDITIONS[style]
+    apis = [
+        (n, a.doc, [(p.name, p.kind, p.doc) for p in a.params]) for n, a in edition.apis.items()
+    ]
+    texts = [(s.name, s.difficulty, s.texts, s.held_out) for s in edition.scenarios.values()]
     return hashlib.sha256(repr((apis, texts)).encode()).hexdigest()[:8]
 
 
@@ -51,21 +41,24 @@ class _Episode:
 
     plan: Plan
     office: Office
+    log: CallLog = field(default_factory=CallLog)
     finished: bool = False
     answer: Any = None
+    session: Session | None = None
 
 
 def _chosen(
-    scenarios: Sequence[str] | None, difficulty: Sequence[int] | None
+    edition: Edition, scenarios: Sequence[str] | None, difficulty: Sequence[int] | None
 ) -> tuple[Scenario, ...]:
-    unknown = set(scenarios or ()) - set(SCENARIOS)
+    there = edition.scenarios
+    unknown = set(scenarios or ()) - set(there)
     if unknown:
         raise ValueError(
-            f"officeworld scenarios {sorted(unknown)}: unknown; there are {', '.join(SCENARIOS)}"
+            f"officeworld scenarios {sorted(unknown)}: unknown; there are {', '.join(there)}"
         )
     chosen = tuple(
         s
-        for s in SCENARIOS.values()
+        for s in there.values()
         if (scenarios is None or s.name in scenarios)
         and (difficulty is None or s.difficulty in difficulty)
     )
@@ -77,87 +70,87 @@ def _chosen(
 
 
 class OfficeWorld:
-    """A small office of apps over one population; implements `Env` and `TaskSource`.
+    """An office of apps over one population; implements `Env` and `TaskSource`.
 
-    `action_format`: how the policy writes calls. `style`: `compact` for tiny policies, `full` for
-    language models. `scenarios`, `difficulty`: which families to draw from (default all).
-    `world_size`: people (default 10 compact, 60 full).
+    `style`: `compact`, the small office for tiny policies, or `full`, the full one for language
+    models. `action_format`: how the policy acts: `call`, `json`, or (full) `code`, Python cells in
+    a sandbox. `scenarios`, `difficulty`: which families to draw from (default all). `world_size`:
+    people. `max_turns`: default 12 (compact) or 50 (full). `cell_timeout_s`: after which a code
+    cell is killed. `zygote`: what starts the sandboxes (default: the one of this process).
     """
 
     def __init__(
         self,
-        action_format: ActionFormat = "call",
+        action_format: OfficeFormat = "call",
         style: Style = "compact",
         scenarios: Sequence[str] | None = None,
         difficulty: Sequence[int] | None = None,
         world_size: int | None = None,
-        max_turns: int = 12,
+        max_turns: int | None = None,
+        cell_timeout_s: float = 5.0,
+        zygote: Zygote | None = None,
     ) -> None:
-        if action_format not in ("call", "json"):
-            raise ValueError(
-                f"officeworld action_format {action_format!r}: must be 'call' or 'json'"
-            )
-        if style not in PEOPLE:
+        if style not in EDITIONS:
             raise ValueError(f"officeworld style {style!r}: must be 'compact' or 'full'")
-        self._size = PEOPLE[style] if world_size is None else world_size
-        largest = 40 if style == "compact" else 500
-        if not 6 <= self._size <= largest:
+        self._edition = EDITIONS[style]
+        if action_format not in self._edition.formats:
+            allowed = " or ".join(map(repr, self._edition.formats))
             raise ValueError(
-                f"officeworld world_size {self._size}: must be 6 to {largest} in style {style!r}"
+                f"officeworld action_format {action_format!r}: must be {allowed} in style {style!r}"
             )
-        self._format: ActionFormat = action_format
-        self._style: Style = style
-        self._scenarios = _chosen(scenarios, difficulty)
+        usual, least, most = self._edition.sizes
+        self._size = usual if world_size is None else world_size
+        if not least <= self._size <= most:
+            raise ValueError(
+                f"officeworld world_size {self._size}: must be {least} to {most} in style {style!r}"
+            )
+        self._style = style
+        self._format: OfficeFormat = action_format
+        self._scenarios = _chosen(self._edition, scenarios, difficulty)
+        self._cell_timeout_s = cell_timeout_s
         self._episode: _Episode | None = None
+        self._zygote: Zygote | None = None
+        if action_format == "code":
+            self._zygote = zygote or shared_zygote()
+            self._zygote.session().close()  # refuses here what could not run later
         self.spec = EnvSpec(
             name=NAME,
-            version=f"0.1+{data_hash()}",
-            description="Stateful office apps with documentation; graded by what changed.",
-            max_turns=max_turns,
+            version=f"0.2+{data_hash(style)}",
+            description=self._describe(),
+            max_turns=max_turns or self._edition.max_turns,
+        )
+
+    def _describe(self) -> str:
+        e = self._edition
+        held_out = sum(s.held_out for s in e.scenarios.values())
+        return (
+            "Stateful office apps with documentation; graded by what changed.\n"
+            f"style {self._style}: {len(e.apps)} apps, {len(e.apis)} APIs, {self._size} people, "
+            f"{len(e.scenarios)} scenarios x 3 variants ({held_out} held out)"
         )
 
     def tasks(self, split: str, seed: int) -> Iterator[Task]:
-        """An endless stream. Test tasks have held-out variants, and seeds and worlds of the other
-        parity."""
-        if split not in VARIANTS:
+        """An endless stream. Nothing of the test split is ever trained on."""
+        if split not in ("train", "test"):
             raise ValueError(f"officeworld split {split!r}: must be 'train' or 'test'")
-        rng = Random(f"tasks/{split}/{seed}")
-        while True:
-            scenario = rng.choice(self._scenarios)
-            variant = rng.choice(VARIANTS[split])
-            task_seed = 2 * rng.getrandbits(46) + (split == "test")
-            yield Task(
-                environment=NAME,
-                id=f"{scenario.name}-{variant + 1}-{task_seed:x}",
-                seed=task_seed,
-                split=split,
-                scenario=scenario.name,
-                difficulty=scenario.difficulty,
-                payload={"variant": variant + 1},
-            )
+        return self._edition.tasks(self._scenarios, split, seed)
 
     async def reset(self, task: Task) -> Observation:
         """Start the task. Raises `TaskError` for a task that is not one of this environment's."""
-        scenario = SCENARIOS.get(task.scenario)
+        await self.close()
+        scenario = self._edition.scenarios.get(task.scenario)
         variant = task.payload.get("variant")
         if scenario is None or variant not in (1, 2, 3):
             raise TaskError(
-                f"{task.id}: scenario {task.scenario!r} variant {variant!r} does not exist"
+                f"{task.id}: scenario {task.scenario!r} variant {variant!r} does not exist in "
+                f"style {self._style!r}"
             )
-        rng = Random(f"task/{task.scenario}/{variant}/{task.seed}")
-        world_seed = 2 * rng.randrange(WORLDS) + task.seed % 2
-        base = generate(world_seed, self._size, self._style == "full")
-        page_size = PAGE_SIZE[self._style]
-        plan = scenario.build(Draw(world=World(base), rng=rng, page_size=page_size))
-        dialect = draw_dialect(world_seed, APIS)
-        office = Office(
-            world=World(base), apps=APPS, apis=APIS, dialect=dialect, page_size=page_size
-        )
+        plan, office = self._edition.open(task, variant, self._size)
         self._episode = _Episode(plan=plan, office=office)
-        template = (scenario.compact if self._style == "compact" else scenario.full)[variant - 1]
-        system = Message(role="system", content=system_message(self._style, self._format, APPS))
+        rules = self._edition.system(self._format, office)
+        text = scenario.texts[variant - 1].format(**plan.values)
         return Observation(
-            messages=(system, Message(role="user", content=template.format(**plan.values)))
+            messages=(Message(role="system", content=rules), Message(role="user", content=text))
         )
 
     async def step(self, action: str) -> Step:
@@ -165,16 +158,72 @@ class OfficeWorld:
         episode = self._live()
         if episode.finished:
             return Step(observation=Observation(messages=()), terminated=True)
-        call = parse_action(action, self._format)
+        if self._format == "code":
+            text, signals = await self._run_cells(episode, action)
+        else:
+            text, signals = self._make_call(episode, action, self._format)
+        if self._style == "full":
+            signals |= {f"behavior/{k}": n for k, n in mentions(action).items() if n}
+            signals |= {f"behavior/{k}": n for k, n in episode.log.news().items() if n}
+        shown = (Message(role="tool", content=text),) if text else ()
+        ended = self._live().finished
+        return Step(observation=Observation(messages=shown), terminated=ended, signals=signals)
+
+    def _make_call(
+        self, episode: _Episode, action: str, action_format: Literal["call", "json"]
+    ) -> tuple[str, dict[str, int]]:
+        call = parse_action(action, action_format)
         if isinstance(call, Fault):
-            return self._reply(fault_text(self._style, call), f"policy_fault/{call.category}")
+            return self._edition.misread(call), {f"policy_fault/{call.category}": 1}
         try:
+            value = self._invoke(episode, call)
+            return "" if call.name == "done" else self._edition.shown(call.name, value), {}
+        except ApiError as error:
+            return self._edition.refused(error), {f"tool_error/{error.category}": 1}
+
+    async def _run_cells(self, episode: _Episode, action: str) -> tuple[str, dict[str, int]]:
+        cell = parse_cell(action)
+        if isinstance(cell, Fault):
+            return self._edition.misread(cell), {f"policy_fault/{cell.category}": 1}
+        code, count = cell
+        errors: dict[str, int] = {}
+
+        def answer(name: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+            try:
+                return {"value": self._invoke(episode, Call(name=name, arguments=arguments))}
+            except ApiError as error:
+                key = f"tool_error/{error.category}"
+                errors[key] = errors.get(key, 0) + 1
+                return {"error": failure(error)}
+
+        assert self._zygote is not None, "made by the constructor for action_format 'code'"
+        if episode.session is None or not episode.session.alive:
+            episode.session = self._zygote.session()
+        result = await episode.session.run(code, answer, timeout_s=self._cell_timeout_s)
+        signals = {**errors, "behavior/code_cells": count}
+        if result.error and result.error != "ApiError":
+            signals[f"cell_error/{result.error}"] = 1
+        return clipped(result.output) or "[no output]", signals
+
+    def _invoke(self, episode: _Episode, call: Call) -> Any:
+        """One call, in the log of the episode. `done` is a call too."""
+        try:
+            if episode.finished:
+                raise ApiError("conflict", "the task is finished")
             if call.name == "done":
                 return self._finish(episode, call)
             value = invoke(episode.office, call.name, call.arguments)
-        except ApiError as error:
-            return self._reply(error_text(self._style, error), f"tool_error/{error.category}")
-        return self._reply(result_text(self._style, call.name, value))
+        except ApiError:
+            episode.log.note(call.name, ok=False)
+            raise
+        episode.log.note(call.name, ok=True)
+        return value
+
+    def _finish(self, episode: _Episode, call: Call) -> None:
+        for name in call.arguments:
+            if name != "answer":
+                raise ApiError("unknown_argument", "done takes only an answer", name=name)
+        episode.finished, episode.answer = True, call.arguments.get("answer")
 
     def unit_tests(self) -> dict[str, bool]:
         """Every unit test of the task against the world as it is now."""
@@ -197,29 +246,20 @@ class OfficeWorld:
     def oracle(self) -> Iterator[str]:
         """The actions that solve the task, in the world's dialect."""
         episode = self._live()
-        for call in episode.plan.calls:
-            dialect = episode.office.dialect
-            arguments = {dialect.get((call.name, k), k): v for k, v in call.arguments.items()}
-            yield render_action(Call(name=call.name, arguments=arguments), self._format)
+        calls = self._edition.oracle(episode.plan, episode.office)
+        if self._format == "code":
+            yield from render_cells(calls)
+            return
+        for step in calls:
+            yield render_action(step.call, self._format)
 
     async def close(self) -> None:
-        """Forget the episode."""
+        """Forget the episode, and end its interpreter."""
+        if self._episode is not None and self._episode.session is not None:
+            self._episode.session.close()
         self._episode = None
 
     def _live(self) -> _Episode:
         if self._episode is None:
             raise RuntimeError("officeworld: no task is being played; call reset(task) first")
         return self._episode
-
-    def _finish(self, episode: _Episode, call: Call) -> Step:
-        for name in call.arguments:
-            if name != "answer":
-                raise ApiError("unknown_argument", "done takes only an answer", name=name)
-        episode.finished, episode.answer = True, call.arguments.get("answer")
-        return Step(observation=Observation(messages=()), terminated=True)
-
-    def _reply(self, text: str, signal: str | None = None) -> Step:
-        message = Message(role="tool", content=text)
-        return Step(
-            observation=Observation(messages=(message,)), signals={signal: 1} if signal else {}
-        )

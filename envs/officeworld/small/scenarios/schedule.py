@@ -3,8 +3,9 @@
 from typing import cast
 
 from loopwright.envs.officeworld.grading import Goal
-from loopwright.envs.officeworld.population import DAYS, TITLES
-from loopwright.envs.officeworld.scenario import DONE, Draw, Plan, Scenario, call, look_up, write
+from loopwright.envs.officeworld.scenario import Plan, Scenario, call
+from loopwright.envs.officeworld.small.draw import DONE, Draw, look_up, write
+from loopwright.envs.officeworld.small.population import DAYS, TITLES
 from loopwright.envs.officeworld.state import Row
 
 
@@ -74,60 +75,40 @@ SCENARIOS = (
     Scenario(
         name="cancel_event",
         difficulty=1,
-        compact=(
+        texts=(
             "cancel {title} {day}",
             "please cancel {title} of {day}",
             "please cancel {title} {day}",
-        ),
-        full=(
-            'Cancel the event "{title}" on {day}.',
-            'The event "{title}" of {day} will not take place; delete it from the calendar.',
-            'You have no time for "{title}" on {day}. Take it off the calendar.',
         ),
         build=_cancel_event,
     ),
     Scenario(
         name="move_event",
         difficulty=2,
-        compact=(
+        texts=(
             "move {title} {day} to {target}",
             "please move {title} of {day} to {target}",
             "please move {title} {day} to {target}",
-        ),
-        full=(
-            'Move the event "{title}" from {day} to {target}.',
-            '"{title}" on {day} is postponed: move it to {target}.',
-            'Instead of {day}, the event "{title}" takes place on {target}. Change the calendar.',
         ),
         build=_move_event,
     ),
     Scenario(
         name="invite_person",
         difficulty=2,
-        compact=(
+        texts=(
             "invite {name} to {title} {day}",
             "please invite {name} to {title} of {day}",
             "please invite {name} to {title} {day}",
-        ),
-        full=(
-            'Invite {name} to the event "{title}" on {day}.',
-            '{name} should join "{title}" on {day}; add them to the guests.',
-            'Add {name} to the guests of "{title}", which takes place on {day}.',
         ),
         build=_invite_person,
     ),
     Scenario(
         name="plan_event",
         difficulty=3,
-        compact=(
+        texts=(
             "plan {title} {day} at {hour} and invite {name}",
             "please plan {title} of {day} at {hour} and invite {name}",
             "please plan {title} {day} at {hour} and invite {name}",
-        ),
-        full=(
-            'Add the event "{title}" on {day} at {hour} o\'clock and invite {name}.',
-            'Plan "{title}" with {name}: on {day}, at {hour} o\'clock, with an invitation.',
-            '{name} wants to meet for "{title}" on {day} at {hour}. Create it and invite them.',
         ),
         build=_plan_event,
     ),

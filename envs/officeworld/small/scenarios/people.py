@@ -3,8 +3,9 @@
 from typing import cast
 
 from loopwright.envs.officeworld.grading import Goal
-from loopwright.envs.officeworld.population import WORDS
-from loopwright.envs.officeworld.scenario import DONE, Draw, Plan, Scenario, call, write
+from loopwright.envs.officeworld.scenario import Plan, Scenario, call
+from loopwright.envs.officeworld.small.draw import DONE, Draw, write
+from loopwright.envs.officeworld.small.population import WORDS
 
 
 def _text_id(draw: Draw) -> Plan:
@@ -74,71 +75,46 @@ SCENARIOS = (
     Scenario(
         name="text_id",
         difficulty=1,
-        compact=(
+        texts=(
             "text {person} {word}",
             "please text {word} to {person}",
             "please text {person} {word}",
-        ),
-        full=(
-            'Send the message "{word}" to the contact with id {person}.',
-            'Contact {person} should receive a message that says "{word}".',
-            'Write "{word}" to contact number {person}.',
         ),
         build=_text_id,
     ),
     Scenario(
         name="text_person",
         difficulty=1,
-        compact=(
+        texts=(
             "text {name} {word}",
             "please text {word} to {name}",
             "please text {name} {word}",
-        ),
-        full=(
-            'Send {name} the message "{word}".',
-            '{name} should receive a message that says "{word}".',
-            'Write "{word}" to {name} with the messages app.',
         ),
         build=_text_person,
     ),
     Scenario(
         name="ask_phone",
         difficulty=1,
-        compact=("phone of {name} ?", "please what phone of {name} ?", "please phone of {name} ?"),
-        full=(
-            "What is the phone extension of {name}? Finish with the number as the answer.",
-            "Find out at which extension {name} can be called, and answer with it.",
-            "Under which number do you have {name} in your contacts?",
-        ),
+        texts=("phone of {name} ?", "please what phone of {name} ?", "please phone of {name} ?"),
         build=_ask_phone,
     ),
     Scenario(
         name="set_phone",
         difficulty=2,
-        compact=(
+        texts=(
             "set phone of {name} to {phone}",
             "please set {phone} phone of {name}",
             "please set phone of {name} to {phone}",
-        ),
-        full=(
-            "{name} has phone extension {phone}. Update the contact, or add a missing one.",
-            "Make sure that {name} is in your contacts, with extension {phone}.",
-            "{name} can be called at {phone}; note that in contacts, in a new one if needed.",
         ),
         build=_set_phone,
     ),
     Scenario(
         name="delete_message",
         difficulty=2,
-        compact=(
+        texts=(
             "delete message of {name}",
             "please delete what {name} message",
             "please delete message of {name}",
-        ),
-        full=(
-            "Delete the message that {name} sent you.",
-            "You no longer need the message of {name}: remove it from the inbox.",
-            "Clean up: the message you got from {name} can go, and nothing else.",
         ),
         build=_delete_message,
     ),

@@ -3,7 +3,7 @@
 from typing import Any, cast
 
 from loopwright.envs.officeworld.api import Api, ApiError, App, Office, Param, require
-from loopwright.envs.officeworld.population import DAYS
+from loopwright.envs.officeworld.small.population import DAYS
 
 ID = Param(name="id", kind="int", doc="id of the event")
 DAY = Param(name="day", kind="str", doc="one of " + ", ".join(DAYS))

@@ -14,14 +14,10 @@ FIRST_NAMES = (
     "Mara", "Milo", "Nell", "Noor", "Olga", "Otto", "Pia", "Paul", "Rosa", "Remy", "Sara", "Sven",
     "Tess", "Theo", "Uma", "Vera", "Vito", "Wren", "Yara", "Zeno",
 )
-LAST_NAMES = (
-    "Amberly", "Brock", "Calder", "Dunmore", "Eastwick", "Farrow", "Gale", "Holloway", "Inskip",
-    "Joplin", "Kestrel", "Lark", "Mosswood",
-)
 # fmt: on
 DAYS = ("mon", "tue", "wed", "thu", "fri")
 TITLES = ("lunch", "gym", "call", "review", "demo", "walk")
-COMPACT_NAMES = 24  # first names a compact world draws from, unless it has more people
+COMPACT_NAMES = 24  # first names a world draws from, unless it has more people
 WORDS = ("yes", "no", "late", "thanks", "ready", "sick", "busy", "hello")
 EVENTS_A_DAY = 2
 INBOX = 6
@@ -32,12 +28,6 @@ def draw_ids(rng: Random, count: int) -> list[int]:
     are needed: a policy that learns from nothing has to meet each often enough to copy it."""
     top = 40 if count <= 20 else 99 if count <= 60 else 10 + 4 * count
     return rng.sample(range(10, top), count)
-
-
-def _names(rng: Random, count: int, *, full: bool) -> Sequence[str]:
-    if not full:
-        return rng.sample(FIRST_NAMES[: max(COMPACT_NAMES, count)], count)
-    return rng.sample([f"{first} {last}" for first in FIRST_NAMES for last in LAST_NAMES], count)
 
 
 def _events(rng: Random, people: Sequence[int]) -> dict[int, Row]:
@@ -55,14 +45,13 @@ def _events(rng: Random, people: Sequence[int]) -> dict[int, Row]:
 
 
 @lru_cache(maxsize=256)
-def generate(seed: int, size: int, full: bool) -> Tables:
-    """The base of world `seed` with `size` people (4 … 44, or 4 … 500 with full names). The result
-    is shared."""
-    rng = Random(f"population/{seed}/{size}/{full}")
+def generate(seed: int, size: int) -> Tables:
+    """The base of world `seed` with `size` people (4 … 44). The result is shared."""
+    rng = Random(f"population/{seed}/{size}/False")
     people = draw_ids(rng, size)
-    names = _names(rng, size, full=full)
+    names = rng.sample(FIRST_NAMES[: max(COMPACT_NAMES, size)], size)
     contacts: dict[int, Row] = {
-        i: {"name": name, "phone": rng.randrange(10, 100 if full else 40)}
+        i: {"name": name, "phone": rng.randrange(10, 40)}
         for i, name in zip(people, names, strict=True)
     }
     senders = rng.sample(people, min(INBOX, size))

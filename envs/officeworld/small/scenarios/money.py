@@ -4,7 +4,8 @@ from typing import cast
 
 from loopwright.envs.actions import Call
 from loopwright.envs.officeworld.grading import Goal
-from loopwright.envs.officeworld.scenario import DONE, Draw, Plan, Scenario, call, look_up, write
+from loopwright.envs.officeworld.scenario import Plan, Scenario, call
+from loopwright.envs.officeworld.small.draw import DONE, Draw, look_up, write
 from loopwright.envs.officeworld.state import Row
 
 
@@ -115,90 +116,60 @@ SCENARIOS = (
     Scenario(
         name="pay_person",
         difficulty=1,
-        compact=(
+        texts=(
             "pay {name} {amount}",
             "please pay {amount} to {name}",
             "please pay {name} {amount}",
-        ),
-        full=(
-            "Pay {amount} coins to {name}.",
-            "{name} should get {amount} coins from your account.",
-            "You owe {name} {amount} coins; settle it with a payment.",
         ),
         build=_pay_person,
     ),
     Scenario(
         name="answer_request",
         difficulty=1,
-        compact=(
+        texts=(
             "{verb} request of {name}",
             "please {verb} what {name} request",
             "please {verb} request of {name}",
-        ),
-        full=(
-            "There is an open payment request of {name}: {verb} it.",
-            "Please {verb} what {name} requested through the payments app.",
-            "Look for the request that {name} made, and {verb} it.",
         ),
         build=_answer_request,
     ),
     Scenario(
         name="pay_or_text",
         difficulty=2,
-        compact=(
+        texts=(
             "pay {name} {amount} or text no",
             "please pay {amount} to {name} or text no",
             "please pay {name} {amount} or text no",
-        ),
-        full=(
-            'Pay {name} {amount} coins if you have them; if not, send them the message "no".',
-            'If you can afford {amount} coins, pay {name}. Otherwise message them just "no".',
-            '{name} wants {amount} coins. Pay if your balance suffices, else text them "no".',
         ),
         build=_pay_or_text,
     ),
     Scenario(
         name="pay_and_text",
         difficulty=3,
-        compact=(
+        texts=(
             "pay {name} {amount} and text {word}",
             "please pay {amount} to {name} and text {word}",
             "please pay {name} {amount} and text {word}",
-        ),
-        full=(
-            'Pay {name} {amount} coins and then send them the message "{word}".',
-            'Transfer {amount} coins to {name}, and message them "{word}".',
-            '{name} gets {amount} coins from you, and a message that reads "{word}".',
         ),
         build=_pay_and_text,
     ),
     Scenario(
         name="pay_asked",
         difficulty=3,
-        compact=(
+        texts=(
             "pay {name} what message says",
             "please pay what message of {name} says",
             "please pay {name} what message says",
-        ),
-        full=(
-            'A message of {name} says what you owe ("owe" and the amount). Pay it.',
-            "Look through your messages for what you owe {name}, and pay them exactly that.",
-            "{name} wrote to you about a debt. Find the message and pay the amount it names.",
         ),
         build=_pay_asked,
     ),
     Scenario(
         name="charge_guests",
         difficulty=3,
-        compact=(
+        texts=(
             "charge guests of {title} {day} {amount}",
             "please charge {amount} to guests of {title} {day}",
             "please charge guests of {title} {day} {amount}",
-        ),
-        full=(
-            'Charge every guest of the event "{title}" on {day} {amount} coins.',
-            'Each guest of "{title}" on {day} owes you {amount} coins: charge them.',
-            'Collect the cost of "{title}" on {day}: charge {amount} coins to each of its guests.',
         ),
         build=_charge_guests,
     ),

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from loopwright.envs.officeworld.api import Api, ApiError, App, Office, Param, shown_name
+from loopwright.envs.officeworld.api import Api, ApiError, App, Office, Param
 
 
 def apps(office: Office) -> Any:
@@ -24,8 +24,8 @@ def show(office: Office, api: str) -> Any:
     if found is None:
         raise ApiError("not_found", "no such API; see docs.list")
     params = [
-        {"name": shown_name(office, api, p.name), "type": p.kind, "doc": p.doc}
-        for p in found.params
+        {"name": label, "type": p.kind, "doc": p.doc}
+        for label, p in office.dialect.params[api].items()
     ]
     return {"api": api, "doc": found.doc, "params": params}
 

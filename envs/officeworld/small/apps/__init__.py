@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from loopwright.envs.officeworld.api import Api, App
-from loopwright.envs.officeworld.apps import (
+from loopwright.envs.officeworld.api import Api, App, table_of
+from loopwright.envs.officeworld.small.apps import (
     calendar_app,
     contacts_app,
     docs_app,
@@ -21,6 +21,4 @@ APPS: Mapping[str, App] = {
         docs_app.APP,
     )
 }
-APIS: Mapping[str, Api] = {
-    f"{app.name}.{api.name}": api for app in APPS.values() for api in app.apis
-}
+APIS: Mapping[str, Api] = table_of(APPS.values())

@@ -4,7 +4,7 @@ takes."""
 from collections.abc import Mapping
 
 from loopwright.envs.officeworld.scenario import Scenario
-from loopwright.envs.officeworld.scenarios import money, people, schedule
+from loopwright.envs.officeworld.small.scenarios import money, people, schedule
 
 SCENARIOS: Mapping[str, Scenario] = {
     s.name: s for s in (*money.SCENARIOS, *people.SCENARIOS, *schedule.SCENARIOS)

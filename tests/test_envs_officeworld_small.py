@@ -1,9 +1,11 @@
-"""The office world: tasks can be solved, only by solving them, and no text breaks it."""
+"""The small office: tasks can be solved, only by solving them, and no text breaks it."""
 
 import asyncio
+import hashlib
 import itertools
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,10 +13,11 @@ from hypothesis import strategies as st
 
 from loopwright.envs.actions import Call, Fault, parse_action, render_action
 from loopwright.envs.officeworld import OfficeWorld
-from loopwright.envs.officeworld.api import SYNONYMS, draw_dialect
-from loopwright.envs.officeworld.apps import APIS, APPS
-from loopwright.envs.officeworld.population import FIRST_NAMES, generate
-from loopwright.envs.officeworld.scenarios import SCENARIOS
+from loopwright.envs.officeworld.dialect import draw_parameters
+from loopwright.envs.officeworld.small import SYNONYMS
+from loopwright.envs.officeworld.small.apps import APIS, APPS
+from loopwright.envs.officeworld.small.population import FIRST_NAMES, generate
+from loopwright.envs.officeworld.small.scenarios import SCENARIOS
 from loopwright.envs.officeworld.state import World
 from loopwright.envs.protocol import Env, Task, TaskError, TaskSource, Verdict
 
@@ -105,10 +108,9 @@ def test_collateral_damage_fails(name: str) -> None:
         assert verdict.parts["collateral"] < 1
 
 
-@pytest.mark.parametrize("style", ["compact", "full"])
 @pytest.mark.parametrize("action_format", ["call", "json"])
-def test_oracle_in_every_format_and_style(action_format: str, style: str) -> None:
-    env = OfficeWorld(action_format=action_format, style=style)  # type: ignore[arg-type]
+def test_oracle_in_every_format(action_format: str) -> None:
+    env = OfficeWorld(action_format=action_format)  # type: ignore[arg-type]
     assert isinstance(env, Env) and isinstance(env, TaskSource)
     for split in ("train", "test"):
         for task in some_tasks(env, split, 60):
@@ -130,11 +132,43 @@ def test_splits_are_disjoint_and_streams_repeat() -> None:
 
 
 def test_held_out_templates_have_no_new_word() -> None:
-    known = {w for s in SCENARIOS.values() for text in s.compact[:2] for w in text.split()}
-    held_out = {w for s in SCENARIOS.values() for w in s.compact[2].split()}
+    known = {w for s in SCENARIOS.values() for text in s.texts[:2] for w in text.split()}
+    held_out = {w for s in SCENARIOS.values() for w in s.texts[2].split()}
     assert held_out <= known
     for scenario in SCENARIOS.values():
-        assert len(set(scenario.compact)) == len(set(scenario.full)) == 3
+        assert len(set(scenario.texts)) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "digest"),
+    [
+        ({"scenarios": ["ask_phone", "text_id", "text_person", "pay_person"]}, "e4d7b9004f1ba9f9"),
+        ({}, "439067686f876731"),
+        ({"action_format": "json"}, "57609376faab57ad"),
+    ],
+)
+def test_episodes_are_what_they_always_were(options: dict[str, Any], digest: str) -> None:
+    """The quickstart's published numbers hold for exactly these texts: a change of any is meant, or
+    is a mistake."""
+
+    async def scene() -> str:
+        env, seen = OfficeWorld(**options), hashlib.sha256()
+        for split in ("train", "test"):
+            for task in itertools.islice(env.tasks(split, 7), 150):
+                first = [(m.role, m.content) for m in (await env.reset(task)).messages]
+                about = (task.id, task.seed, split, task.scenario, task.difficulty)
+                seen.update(repr((*about, dict(task.payload), first)).encode())
+                for action in env.oracle():
+                    step = await env.step(action)
+                    told = [(m.role, m.content) for m in step.observation.messages]
+                    whole = (action, told, step.terminated, dict(step.signals))
+                    seen.update(repr(whole).encode())
+                verdict = await env.evaluate()
+                graded = (verdict.reward, verdict.success, dict(verdict.parts))
+                seen.update(repr(graded).encode())
+        return seen.hexdigest()[:16]
+
+    assert asyncio.run(scene()) == digest
 
 
 def test_compact_episodes_are_small() -> None:
@@ -152,7 +186,9 @@ def test_compact_episodes_are_small() -> None:
 
 
 def test_the_dialect_must_be_looked_up() -> None:
-    shown = {draw_dialect(seed, APIS)["payments.send", "to"] for seed in range(50)}
+    shown = {
+        draw_parameters(seed, APIS, SYNONYMS).names("payments.send")["to"] for seed in range(50)
+    }
     assert shown == set(SYNONYMS["to"])
     env = OfficeWorld(scenarios=["pay_person"])
     solved = 0
@@ -293,7 +329,7 @@ def test_wrappers_are_accepted() -> None:
 
 
 def test_overlay_leaves_the_base_alone() -> None:
-    base = generate(3, 10, False)
+    base = generate(3, 10)
     before = repr(base)
     world = World(base)
     person, row = next(world.rows("contacts"))
@@ -318,6 +354,7 @@ def test_bad_options_and_tasks_are_refused() -> None:
         {"scenarios": ["nope"]},
         {"difficulty": [4]},
         {"world_size": 3},
+        {"action_format": "code"},
     ):
         with pytest.raises(ValueError, match="officeworld"):
             OfficeWorld(**options)
