@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
@@ -150,6 +151,12 @@ class MemoryMeter(TorchDispatchMode):
 
 def _tensors(found: Any) -> list[Tensor]:
     return [t for t in tree_leaves(found) if isinstance(t, Tensor) and not _wraps(t)]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What of a tensor lies in this process: its shard, if it is a DTensor."""
+    inside: Any = tensor
+    return inside.to_local() if isinstance(inside, DTensor) else tensor
 
 
 def _wraps(tensor: Any) -> bool:

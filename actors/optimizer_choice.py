@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from loopwright.actors.out_of_memory import named
 from loopwright.actors.trainer_backend import BackendError, TrainerSettings
 from loopwright.algorithms import optimizers
 from loopwright.algorithms.optimizers.options import resolve
@@ -43,7 +44,8 @@ def optimizer_options(settings: TrainerSettings) -> dict[str, Any]:
 
 def build_optimizer(settings: TrainerSettings, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer `settings.optimizer` over the trainable parameters of `model`."""
-    return optimizers.build(model, settings.optimizer, **optimizer_options(settings))
+    with named("optimizer", settings, "making the states of the optimizer"):
+        return optimizers.build(model, settings.optimizer, **optimizer_options(settings))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

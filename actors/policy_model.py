@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from loopwright.actors import published
 from loopwright.actors.allocator import keep_freed_memory
 from loopwright.actors.model_files import load_model
+from loopwright.actors.out_of_memory import named
 from loopwright.actors.packed_forward import MicroBatch, action_logprobs, action_states, check_model
 from loopwright.actors.published import Published
 from loopwright.actors.recompute import keep_less
@@ -36,7 +37,8 @@ def load_policy(settings: TrainerSettings, *, device: str) -> Policy:
     if settings.device == "cpu":
         keep_freed_memory()
     torch.manual_seed(settings.seed)
-    model = load_model(settings.model_path, dtype=settings.dtype, device=device)
+    with named("weights", settings, "loading the model"):
+        model = load_model(settings.model_path, dtype=settings.dtype, device=device)
     check_model(model)
     keep_less(model, settings.gradient_checkpointing)
     adapters: dict[str, nn.Module] = {}
@@ -58,7 +60,8 @@ def load_reference(settings: TrainerSettings, *, device: str) -> PreTrainedModel
     None also with adapters, whose reference is the model without them."""
     if settings.loss.kl == "none" or settings.lora_rank:
         return None
-    model = load_model(settings.model_path, dtype=settings.dtype, device=device)
+    with named("weights", settings, "loading the frozen copy that algorithm.kl needs"):
+        model = load_model(settings.model_path, dtype=settings.dtype, device=device)
     return model.requires_grad_(False)
 
 

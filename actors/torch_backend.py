@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from loopwright.actors import optimizer_state, published
 from loopwright.actors.critic import build_critic
+from loopwright.actors.dry_run import held_tensors
 from loopwright.actors.optimizer_choice import build_optimizer, set_rate
 from loopwright.actors.packed_forward import (
     MicroBatch,
@@ -106,6 +107,13 @@ class TorchBackend:
 
     def published_buckets(self, size_bytes: int = BUCKET_BYTES) -> Iterator[dict[str, Tensor]]:
         return published.buckets(self._published, self.gather, size_bytes)
+
+    def held(self) -> dict[str, list[Tensor]]:
+        critics = [] if self.critic is None else [self.critic]
+        return held_tensors(
+            (self.model, self._reference, *(c.head for c in critics)),
+            (self.optimizer, *(c.optimizer for c in critics)),
+        )
 
     def optimizer_buckets(self, size_bytes: int = BUCKET_BYTES) -> Iterator[dict[str, Tensor]]:
         found = optimizer_state.leaves(self.optimizer, self._parameters)

@@ -21,6 +21,8 @@ from loopwright.actors.channels.channel import WeightChannel, open_channel
 from loopwright.actors.channels.follower import Follower
 from loopwright.actors.channels.lowrank import projector_bases
 from loopwright.actors.channels.settings import ChannelSettings
+from loopwright.actors.dry_run import DryRun, dry_run, process_peak_bytes
+from loopwright.actors.out_of_memory import named
 from loopwright.actors.packed_forward import Sequences
 from loopwright.actors.ranks import Meeting, Ranks, join
 from loopwright.actors.shared_memory import unlink_stale
@@ -114,7 +116,17 @@ class Trainer:
             raise TrainerError(
                 f"step {step}: got a {found}, expected the TrainBatch of step {step}"
             )
-        return self.backend.train(record)
+        with named("activations", self.settings, f"in step {step}"):
+            metrics = self.backend.train(record)
+        return metrics | {
+            "memory/trainer_peak_bytes": float(process_peak_bytes(self.settings.device))
+        }
+
+    def dry_run(self, longest: int) -> DryRun:
+        """What the largest micro-batch of contexts of up to `longest` tokens takes, measured;
+        weights, optimizer and random numbers stay as they are. Raises `OutOfMemory` with the
+        remedy."""
+        return dry_run(self.backend, longest=longest)
 
     def publish(self, version: int, members: tuple[str, ...] = ()) -> WeightManifest | None:
         """Send the current weights on their way to the engines as policy version `version`; the

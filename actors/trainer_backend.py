@@ -186,6 +186,10 @@ class TrainerBackend(Protocol):
         """
         ...
 
+    def held(self) -> dict[str, list[Tensor]]:
+        """What this rank holds between two steps, as `dry_run.held_tensors` sorts it."""
+        ...
+
     def optimizer_buckets(self, size_bytes: int = BUCKET_BYTES) -> Iterator[dict[str, Tensor]]:
         """The tensors of the optimizer's state as `parameter/key`, whole, as `published_buckets`:
         every rank must go through to the end."""

@@ -191,8 +191,9 @@ class Console:
         self._print(plain_line(self._board, step, metrics, now_s))
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Show that something happened once."""
-        details = ", ".join(f"{name}={value}" for name, value in fields.items())
+        """Show that something happened once: its `text` if it has one, else its fields."""
+        pairs = (f"{name}={value}" for name, value in fields.items())
+        details = str(fields["text"]) if "text" in fields else ", ".join(pairs)
         text = f"{kind.replace('_', ' ')}: {details}" if details else kind.replace("_", " ")
         self._board.events.append(text)
         self._print(f"event  {text}")

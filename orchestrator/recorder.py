@@ -59,6 +59,7 @@ class Recorder:
         self._last_stats: dict[int, EngineStats] = {}
         self.success: dict[str, float] = {}
         self.weights_checksum = 0
+        self.memory: dict[str, Any] = {}  # of the trainer, from its dry run
         if resumed:
             self._restore(resumed)
 
@@ -119,6 +120,11 @@ class Recorder:
                 "rollout/saved_tokens": float(unused.saved_tokens),
             }
         )
+
+    def rehearsed(self, text: str, memory: Mapping[str, Any]) -> None:
+        """The trainer's longest micro-batch was tried out before step 1: what it took."""
+        self.memory = dict(memory)
+        self.event("memory", text=text, **self.memory)
 
     def published(self, manifest: WeightManifest, reports: Sequence[UpdateReport]) -> None:
         """All engines hold a version."""
@@ -203,6 +209,7 @@ class Recorder:
             },
             "seconds": {k: round(v, 3) for k, v in sorted(self._seconds.items())}
             | {"total": round(self.elapsed_s(), 3)},
+            "memory": self.memory,
             "steps": self._counts["steps"],
             "episodes": self._counts["episodes"],
             "tokens": {

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loopwright.algorithms.memory_model import CLASSES, size_text
+
 
 def tell(folder: Path, summary: Mapping[str, Any]) -> str:
     """Before → after, what it took, where it lies."""
@@ -24,6 +26,14 @@ def tell(folder: Path, summary: Mapping[str, Any]) -> str:
         f"{tokens['generated']} tokens generated, "
         f"{summary['publishes']} publishes, policy lag mean {lag['mean']:.2f} max {lag['max']}, "
         f"{summary['restarts']} restarts, {seconds['total']:.0f} s",
+        *_memory(summary.get("memory") or {}),
         f"run folder: {folder}  (curve.png, summary.json, metrics.jsonl, checkpoints/)",
     ]
     return "\n".join(lines)
+
+
+def _memory(found: Mapping[str, Any]) -> list[str]:
+    if not found:
+        return []
+    classes = ", ".join(f"{k} {size_text(found[f'{k}_bytes'])}" for k in CLASSES)
+    return [f"memory of the trainer: peak {size_text(found['peak_bytes'])} ({classes})"]

@@ -144,7 +144,7 @@ async def _start(
     parts = _parts(config, folder, env, cluster, recorder, ledger, plan, checkpoint)
     recorder.phase("starting trainer, engines and environment workers")
     try:
-        await _bring_up(parts, plan, checkpoint, config.model.dtype)
+        await _bring_up(parts, plan, checkpoint, config)
         if checkpoint is None:
             await parts.pool.watched(_measure(parts, plan))
     except BaseException:
@@ -170,15 +170,17 @@ async def _measure(parts: Parts, plan: warm_start.Plan) -> None:
 
 
 async def _bring_up(
-    parts: Parts, plan: warm_start.Plan, checkpoint: tuple[int, Path] | None, dtype: str
+    parts: Parts, plan: warm_start.Plan, checkpoint: tuple[int, Path] | None, config: Config
 ) -> None:
     with parts.recorder.timed("start_actors"):
         await parts.training.start(checkpoint[1] if checkpoint else None)
         if checkpoint is None and plan.finished:
             await parts.training.reset(str(plan.cloned))
+        memory = await parts.training.dry_run(config.environment.max_context)
+        parts.recorder.rehearsed(memory.sentence(), memory.event())
         manifest = await parts.training.publish(parts.buffer.version, parts.pool.members())
         reports = await parts.pool.start(manifest)
-        parity = await check_parity(parts.training, parts.pool, dtype)
+        parity = await check_parity(parts.training, parts.pool, config.model.dtype)
     parts.recorder.published(manifest, reports)
     parts.recorder.event("parity", logprob_difference_max=parity)
 

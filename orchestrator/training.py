@@ -5,12 +5,14 @@ checkpoint, takes the steps since then again from the batches kept here (the sam
 same order give the same weights), and the call that was cut off is made again.
 """
 
+from __future__ import annotations
+
 import asyncio
 import contextlib
 import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -23,6 +25,9 @@ from loopwright.orchestrator.faults import (
     RestartBudget,
     RunError,
 )
+
+if TYPE_CHECKING:
+    from loopwright.actors.dry_run import DryRun
 
 T = TypeVar("T")
 _CLOSE_S = 10.0
@@ -96,6 +101,16 @@ class Training:
         except (ActorLost, DeadlinePassed) as error:
             raise ChannelLost(f"version {version} cannot be sent again: {error}") from error
         return manifest
+
+    async def dry_run(self, longest: int) -> DryRun:
+        """What the trainer needs for contexts of `longest` tokens; it ends the run if that does not
+        fit."""
+
+        async def call() -> DryRun:
+            found: DryRun = await self._call("dry_run", longest, waiting_for="dry run")
+            return found
+
+        return await self._robustly(call)
 
     async def probe(self, token_ids: np.ndarray) -> np.ndarray:
         """Logprobs [T-1] of given tokens [T] under the current weights."""

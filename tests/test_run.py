@@ -37,6 +37,11 @@ def test_a_run_leaves_summary_curve_ledger_and_checkpoints(tmp_path: Path, polic
     found = audit(folder / "ledger" / FILE)
     assert (found.trained, found.unused, found.twice, found.unknown) == (3 * P * K, (), (), ())
     assert load(folder / "config.toml").config.run.steps == 3
+    memory = summary["memory"]
+    assert memory["peak_bytes"] > memory["weights_bytes"] > 0
+    events = map(json.loads, (folder / "events.jsonl").read_text().splitlines())
+    (event,) = [e for e in events if e["kind"] == "memory"]
+    assert event["text"].startswith("peak ") and event["logits_bytes"] == memory["logits_bytes"]
 
 
 def test_from_nothing_with_a_warm_start(tmp_path: Path) -> None:
