@@ -4,11 +4,13 @@ same."""
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from loopwright.envs.protocol import Task, TaskSource
 from loopwright.orchestrator.faults import RunError
 
 DRAWS = 3  # tasks a ticket may have with dynamic sampling: one, and two to replace it
+_REPEATS = 20  # draws a wanted task, before a stream counts as having no more of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,15 +66,13 @@ class TaskStream:
             del self._window[old]
 
     def first(self, count: int) -> list[Task]:
-        """The first `count` tasks, fewer if the source has fewer."""
-        tasks: list[Task] = []
-        seen: set[str] = set()
-        for task in self._restart():
-            if len(tasks) == count or task.id in seen:
+        """The first `count` tasks, each once; fewer if the source has fewer."""
+        tasks: dict[str, Task] = {}
+        for task in islice(self._restart(), _REPEATS * count):
+            tasks.setdefault(task.id, task)
+            if len(tasks) == count:
                 break
-            seen.add(task.id)
-            tasks.append(task)
-        return tasks
+        return list(tasks.values())
 
     def _draw(self, number: int) -> Task:
         task = next(self._tasks, None)

@@ -18,7 +18,7 @@ from loopwright.envs.protocol import EnvError, Task, TaskError
 from loopwright.orchestrator.environment_metrics import environment_metrics
 from loopwright.orchestrator.faults import Refused, RunError
 from loopwright.orchestrator.samplers import Draws
-from loopwright.orchestrator.tasks import Played
+from loopwright.orchestrator.tasks import Played, TaskStream
 from tests.scripted import ScriptedEnv
 
 SEARCH = {"style": "compact", "entities": 120, "hops": [1]}
@@ -302,3 +302,15 @@ def test_metrics_are_told_apart_by_environment() -> None:
     assert mine == pytest.approx({f"eval_environment/search/{k}": v for k, v in expected.items()})
     assert found["eval_environment/office/context_peak_tokens_max"] == 500
     assert found["eval_environment/office/signal/tool_error/unknown_api_share"] == 1
+
+
+def test_the_first_tasks_are_each_counted_once() -> None:
+    """A stream that repeats itself has more to give: the held-out set must not end at a repeat."""
+
+    class Repeating(Source):
+        def tasks(self, split: str, seed: int) -> Iterator[Task]:
+            for task in super().tasks(split, seed):
+                yield from (task, task)
+
+    assert [t.seed for t in TaskStream(Repeating(steps=[]), "test", 0).first(5)] == [0, 1, 2, 3, 4]
+    assert len(TaskStream(_source(3), "test", 0).first(5)) == 3
