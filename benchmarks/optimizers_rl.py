@@ -241,8 +241,9 @@ def _run(
         loaded = _loaded(entry, rate, seed, model, arguments, folder)
         try:
             ended = asyncio.run(run(loaded, resume=False))
-        except* (RunError, OptimizerError) as errors:
-            return {"success": None, "why": str(errors.exceptions[0])[:300]}
+        except (RunError, OptimizerError, ExceptionGroup) as error:
+            cause = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
+            return {"success": None, "why": str(cause)[:300]}
     success = ended.summary["success"]
     return {
         "success": success["final"],

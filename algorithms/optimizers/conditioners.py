@@ -102,17 +102,21 @@ class Fisher:
         count = int(state["remembered"])
         codec.write(state, f"history.{count % self.history}", coordinates, rows, noise)
         state["remembered"] = count + 1
-        used = min(count + 1, self.history)
+        used, place = min(count + 1, self.history), count % self.history
         past = torch.stack(
-            [codec.read(state, f"history.{k}", ALL_ROWS).flatten() for k in range(used)]
+            [
+                (coordinates if k == place else codec.read(state, f"history.{k}", ALL_ROWS))
+                .flatten()
+                .double()
+                for k in range(used)
+            ]
         )
-        vector = coordinates.flatten()
-        products = torch.cat([past @ past.mT, (past @ vector).unsqueeze(1)], dim=1).double()
+        products = past @ past.mT
         if sharded:
             products = sum_over(products, layout.group)
-        inner, against = products[:, :-1], products[:, -1]
-        eye = torch.eye(used, dtype=inner.dtype, device=inner.device)
-        # S⁻¹/λ = (λI + G_sᵀG_s)⁻¹, which stays finite for large gradients
-        weights = torch.linalg.solve(self.damping * eye + inner, against).to(vector.dtype)
-        natural = (vector - past.mT @ weights) / self.damping
+        # g is a column of G_s, so (λI + G_sG_sᵀ)⁻¹·g = G_s·(λI + G_sᵀG_s)⁻¹·e_g: the same number
+        # without the difference of nearly equal vectors that the formula above is.
+        eye = torch.eye(used, dtype=products.dtype, device=products.device)
+        weights = torch.linalg.solve(self.damping * eye + products, eye[place])
+        natural = (weights @ past).float()
         return natural.view_as(coordinates)

@@ -13,6 +13,8 @@ from loopwright.algorithms.optimizers.layout import Layout
 from loopwright.algorithms.optimizers.state_codecs import Codec, Noise, State, generator, stored
 from loopwright.algorithms.optimizers.subspace import OneSide
 
+ROUNDING = 1e-5  # of the largest coordinate: smaller ones are noise
+
 
 @dataclass(frozen=True)
 class TwoSided(Steady):
@@ -70,7 +72,10 @@ class TwoSided(Steady):
 
     def down(self, state: State, gradient: Tensor, layout: Layout, codec: Codec) -> Tensor:
         left, right = self._both(state, codec)
-        return layout.sum(layout.own_rows(left).mT @ (gradient @ right))
+        found = layout.sum(layout.own_rows(left).mT @ (gradient @ right))
+        # In fresh bases R is diagonal but for rounding, which Adam would make as large as the rest.
+        least = found.abs().amax((-2, -1), keepdim=True) * ROUNDING
+        return torch.where(found.abs() < least, torch.zeros_like(found), found)
 
     def add_up(
         self,

@@ -94,10 +94,11 @@ class Pipeline(torch.optim.Optimizer):
             return 0.0
         squares, layouts = [], []
         for slot in live:
-            measured = slot.coordinates
-            cut = slot.recipe.basis.sharded(slot.layout)
-            if measured is None or slot.recipe.emit.needs_gradient:
+            if slot.recipe.keeps_gradient:
                 measured, cut = self._gradient(slot), True
+            else:
+                measured, cut = slot.coordinates, slot.recipe.basis.sharded(slot.layout)
+            assert measured is not None
             squares.append(measured.float().square().sum())
             layouts.append(slot.layout if cut else Layout.of(slot.name, torch.empty(())))
         norm = math.sqrt(float(total_over_ranks(torch.stack(squares), layouts).sum()))

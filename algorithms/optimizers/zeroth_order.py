@@ -142,10 +142,12 @@ class ZerothOrder(torch.optim.Optimizer):
 
 
 def _small(local: Tensor, layout: Layout, density: float) -> Tensor:
-    """Which entries are among the `density` smallest of the whole matrix, by magnitude."""
-    sizes = layout.gather(local.float().abs()) if layout.group is not None else local.float().abs()
-    count = max(int(density * sizes.numel()), 1)
-    return local.float().abs() <= sizes.flatten().kthvalue(count).values
+    """Which entries are among the `density` smallest of their matrix, by magnitude."""
+    sizes = local.float().abs()
+    whole = layout.gather(sizes).flatten(-2)
+    count = max(int(density * whole.shape[-1]), 1)
+    limit = whole.kthvalue(count, dim=-1).values
+    return sizes <= limit.unsqueeze(-1).unsqueeze(-1)
 
 
 def _packed(mask: Tensor) -> Tensor:
