@@ -94,10 +94,9 @@ class Pipeline(torch.optim.Optimizer):
             return 0.0
         squares, layouts = [], []
         for slot in live:
-            if slot.recipe.keeps_gradient:
-                measured, cut = self._gradient(slot), True
-            else:
-                measured, cut = slot.coordinates, slot.recipe.basis.sharded(slot.layout)
+            keeps = slot.recipe.keeps_gradient
+            measured = self._gradient(slot) if keeps else slot.coordinates
+            cut = keeps or slot.recipe.basis.sharded(slot.layout)
             assert measured is not None
             squares.append(measured.float().square().sum())
             layouts.append(slot.layout if cut else Layout.of(slot.name, torch.empty(())))
