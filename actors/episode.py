@@ -240,7 +240,7 @@ class _Speaker:
         """
         progress = self.progress
         progress.phase = "generate"
-        turn_seed = _turn_seed(self.seed, progress.turns)
+        seed = turn_seed(self.seed, progress.turns)
         pieces: list[Completion] = []
         sampled = 0
         before = time.monotonic()
@@ -255,7 +255,7 @@ class _Speaker:
                 max_new_tokens=asked,
                 stop_token_ids=self.chat.stop_token_ids,
                 temperature=self.limits.temperature,
-                seed=turn_seed,
+                seed=seed,
                 sampled=sampled,
                 priority=self.priority,
             )
@@ -333,5 +333,6 @@ async def _timed(call: Awaitable[T], progress: Progress, phase: str) -> T:
         progress.environment_s += time.monotonic() - before
 
 
-def _turn_seed(seed: int, turn: int) -> int:
+def turn_seed(seed: int, turn: int) -> int:
+    """The seed of one turn of an episode with this seed."""
     return (seed * 1_000_003 + turn) & 0x7FFF_FFFF_FFFF_FFFF

@@ -2,6 +2,7 @@
 current weights."""
 
 import os
+from collections.abc import Callable
 
 import numpy as np
 
@@ -24,8 +25,12 @@ class RolloutActor:
     """Holds an engine. A fresh one (also after a restart) loads `start`, then `update`, and only
     then serves."""
 
-    def __init__(self, engine: str, settings: EngineSettings) -> None:
-        self._engine: Engine = load_backend("rollout.engine", engine)(settings)
+    def __init__(
+        self, engine: str | Callable[[EngineSettings], Engine], settings: EngineSettings
+    ) -> None:
+        """`engine` is a name of `rollout.engine`, or what builds one that has no name there."""
+        build = load_backend("rollout.engine", engine) if isinstance(engine, str) else engine
+        self._engine: Engine = build(settings)
         self._post_office = PostOffice(self.generate, self.cancel)
         self._serving = False
         self._started = False

@@ -87,6 +87,30 @@ class Slow(Letters):
         return await super().step(action)
 
 
+class Chatty(Letters):
+    """Nothing wrong: four slow turns; the tasks that it begins with are noted in `folder`."""
+
+    spec = EnvSpec(
+        name="letters", version="1", description="Write letters.", max_turns=4, deterministic=True
+    )
+
+    def __init__(self, folder: str, pause_s: float = 0.3) -> None:
+        super().__init__()
+        self.notes, self.pause_s = Path(folder) / "begun.txt", pause_s
+
+    async def reset(self, task: Task) -> Observation:
+        """Note it."""
+        with self.notes.open("a") as notes:
+            notes.write(f"{task.id}\n")
+        return await super().reset(task)
+
+    async def step(self, action: str) -> Step:
+        """Say a word, and wait for the next."""
+        await asyncio.sleep(self.pause_s)
+        self.text += action
+        return Step(observation=Observation(messages=[Message(role="user", content="more")]))
+
+
 class Unbuildable(Letters):
     """Raises in its constructor."""
 

@@ -11,12 +11,14 @@ import resource
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from loopwright.actors.shared_memory import SEGMENT_FOLDER, SEGMENT_PREFIX
+from loopwright.algorithms.records import decode
 from loopwright.orchestrator.cli import DONE, FAILED, REFUSED, STOPPED, main
 from loopwright.orchestrator.ledger import FILE, audit, read
 from loopwright.orchestrator.parts import checkpoints
@@ -100,6 +102,39 @@ class TestProcesses:
         expected = read(tmp_path / "undisturbed" / "runs" / NAME / "ledger" / FILE).checksums
         assert len(set(expected.values())) == 8, "each step changes the weights"
         assert run.ledger().checksums == expected
+
+    def test_episodes_of_a_killed_engine_go_on_on_the_other_with_all_their_tokens(
+        self, tmp_path: Path, model: str
+    ) -> None:
+        config = write_config(
+            tmp_path, model, environment="Chatty", address="local", steps=5, max_lag=1
+        )
+        options = f'environment.options={{folder = "{tmp_path}"}}'
+        with DrivenRun(config, options, "rollout.engines=2", "rollout.concurrency=4") as run:
+            run.wait("step 1", lambda: run.steps() >= 1)
+            os.kill(run.pid(ROLLOUT), signal.SIGKILL)
+            assert run.finish() == DONE, run.errors()
+            state = run.ledger()
+            rollouts = [decode(d) for group in state.rollouts.values() for d in group.values()]
+            resumed = [r for r in rollouts if r.saved_tokens]
+            assert resumed, "somebody was in the middle of an episode"
+            for rollout in resumed:
+                (context,) = rollout.contexts
+                assert rollout.turns == 4 and rollout.saved_tokens < rollout.generated_tokens
+                assert (context.behavior_logprobs[context.action_mask] < 0).all()
+            begun = [
+                line
+                for line in (tmp_path / "begun.txt").read_text().splitlines()
+                if line.startswith("train")
+            ]
+            assert len(begun) >= len(rollouts)
+            per_task = Counter(begun)
+            assert max(per_task.values()) <= K, "no world was begun a second time"
+            counted = run.summary()["resumed"]
+            assert counted["rollouts"] >= 1 and counted["saved_tokens"] >= 1
+            assert run.summary()["mismatch"]["abs_max"] < 0.5, "their logprobs are the policy's"
+            assert_clean(run.folder, 5)
+            assert all(step.equal for step in replay(run.folder))
 
     def test_an_environment_that_blocks_its_worker_ends_the_run(
         self, tmp_path: Path, model: str
