@@ -28,6 +28,7 @@ BUILT_IN: Mapping[str, str] = MappingProxyType(
     {
         "mix": "loopwright.envs.mix:Mix",
         "officeworld": "loopwright.envs.officeworld:OfficeWorld",
+        "process": "loopwright.envs.remote:ProcessEnv",
         "reasoning_gym": "loopwright.envs.reasoning_gym:ReasoningGym",
         "search": "loopwright.envs.search:Search",
     }
@@ -66,10 +67,13 @@ def list_environments() -> tuple[Listing, ...]:
 def load(name: str, options: Mapping[str, Any] | None = None) -> Environment:
     """A new instance of the environment `name`, constructed with `options`.
 
-    `name` is one of `list_environments()`, `module:Class` or `path/to/file.py:Class`. Raises
+    `name` is one of `list_environments()`, `module:Class`, `path/to/file.py:Class`, or the address
+    of a server (`loopwright envs serve`), `http://host:port`. Raises
     `RegistryError`; what the constructor itself raises (bad values, a missing extra) passes
     through.
     """
+    if name.startswith(("http://", "https://")):
+        return _at_address(name, dict(options or {}))
     target, origin = name, "given by name"
     if ":" not in name:
         listing = _listing(name)
@@ -85,6 +89,13 @@ def load(name: str, options: Mapping[str, Any] | None = None) -> Environment:
     return instance
 
 
+def _at_address(url: str, options: dict[str, Any]) -> Environment:
+    from loopwright.envs.remote import HttpEnv
+
+    _check_options(HttpEnv, url, options)
+    return HttpEnv(url, **options)
+
+
 def _listing(name: str) -> Listing:
     listings = {listing.name: listing for listing in list_environments()}
     if name in listings:
@@ -92,7 +103,8 @@ def _listing(name: str) -> Listing:
     near = difflib.get_close_matches(name, listings, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(listings)}"
     raise RegistryError(
-        f"environment {name!r}: unknown; {hint} Also accepted: module:Class, path/to/file.py:Class"
+        f"environment {name!r}: unknown; {hint} Also accepted: module:Class, "
+        "path/to/file.py:Class, http://host:port"
     )
 
 
@@ -103,9 +115,7 @@ def _package_of(point: EntryPoint) -> str:
 def _class_at(target: str, origin: str) -> type[Any]:
     place, _, attribute = target.rpartition(":")
     try:
-        module = (
-            _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-        )
+        module = _from_file(Path(place)) if place.endswith(".py") else _import(place)
     except RegistryError:
         raise
     except Exception as error:
@@ -119,6 +129,20 @@ def _class_at(target: str, origin: str) -> type[Any]:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise RegistryError(f"environment {target} ({origin}): no class {attribute!r} there{hint}")
     return found
+
+
+def _import(name: str) -> ModuleType:
+    """Import a module; one that is nowhere else may lie in the current folder, which console
+    scripts do not search. It comes last on the path, so that it shadows nothing."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        here = str(Path.cwd())
+        if error.name != name.partition(".")[0] or here in sys.path:
+            raise
+        sys.path.append(here)
+        importlib.invalidate_caches()
+        return importlib.import_module(name)
 
 
 def _from_file(path: Path) -> ModuleType:

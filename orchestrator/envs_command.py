@@ -1,17 +1,21 @@
-"""`loopwright envs`: list, describe, check, and play an environment by hand or let its oracle
-play."""
+"""`loopwright envs`: list, describe, check, serve and begin an environment, and play it by hand or
+let its oracle play."""
 
 import argparse
 import asyncio
 import json
+import os
+import socket
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from loopwright.envs import conformance, registry
 from loopwright.envs.protocol import Env, Message, Task, TaskSource, Verdict
-from loopwright.orchestrator.faults import RunError
+from loopwright.orchestrator import envs_new
+from loopwright.orchestrator.faults import Refused, RunError
 
 ABOUT = """Environments: what there is, and what an episode looks like.
 
@@ -19,19 +23,25 @@ ABOUT = """Environments: what there is, and what an episode looks like.
   loopwright envs describe officeworld
   loopwright envs play officeworld --task 3      you are the policy: type actions, see the replies
   loopwright envs play officeworld --oracle      watch the oracle solve it
+  loopwright envs new my_world                   a working package of your own to start from
   loopwright envs check my_package.world:World   run the conformance kit on your own
+  loopwright envs serve officeworld              play it elsewhere: environment.name = "http://..."
 
-NAME is a registered name, `module:Class`, or `path/to/file.py:Class`."""
+NAME is a registered name, `module:Class`, `path/to/file.py:Class`, or the address of a server."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `loopwright envs`."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("list", help="every environment known here")
+    new = actions.add_parser("new", help="write a working plugin package, with a test")
+    new.add_argument("name", metavar="NAME", help="lower-case letters, digits and _")
+    new.add_argument("--in", dest="parent", type=Path, default=Path(), metavar="DIR", help="where")
     for name, help_text in (
         ("describe", "what it is, its budgets, and one task as the policy sees it"),
         ("play", "play one task in this terminal"),
         ("check", "run the conformance kit; exit code 1 if it finds something"),
+        ("serve", "answer other machines' workers over HTTP"),
     ):
         action = actions.add_parser(name, help=help_text)
         action.add_argument("name", metavar="NAME", help="environment")
@@ -42,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="KEY=VALUE",
             help="an option of the environment (repeatable), e.g. style=full",
         )
+        if name == "serve":
+            _served(action)
+            continue
         action.add_argument(
             "--split", default="test", choices=("train", "test"), help="default: test"
         )
@@ -59,7 +72,13 @@ def execute(arguments: argparse.Namespace) -> int:
         for listing in registry.list_environments():
             print(f"{listing.name:20} {listing.target}  ({listing.origin})")
         return 0
+    if arguments.action == "new":
+        folder = envs_new.create(arguments.name, arguments.parent)
+        print(f"{folder} is a package that works as it is; its README.md says how to go on")
+        return 0
     options = _options(arguments.option)
+    if arguments.action == "serve":
+        return _serve(arguments, options)
     if arguments.action == "check":
         return _check(arguments.name, options)
     env = registry.load(arguments.name, options)
@@ -68,6 +87,38 @@ def execute(arguments: argparse.Namespace) -> int:
         asyncio.run(_describe(env, task))
     else:
         asyncio.run(_play(env, task, oracle=arguments.oracle))
+    return 0
+
+
+def _served(action: argparse.ArgumentParser) -> None:
+    action.add_argument("--host", default="127.0.0.1", help="default: this machine alone")
+    action.add_argument("--port", type=int, default=8790, help="0: any free one; default: 8790")
+    action.add_argument(
+        "--sessions", type=int, default=256, metavar="N", help="open at the same time, at most"
+    )
+
+
+def _serve(arguments: argparse.Namespace, options: dict[str, Any]) -> int:
+    from aiohttp import web
+
+    from loopwright.envs.remote.http_env import TOKEN_VARIABLE
+    from loopwright.envs.remote.server import EnvServer
+
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    if arguments.host not in ("127.0.0.1", "localhost", "::1") and not token:
+        raise Refused(
+            f"--host {arguments.host}: others could reach it, so it must ask for a token: set "
+            f"{TOKEN_VARIABLE} here, and to the same value where workers run"
+        )
+    server = EnvServer(
+        lambda: registry.load(arguments.name, options),
+        token=token,
+        max_sessions=arguments.sessions,
+    )
+    with socket.create_server((arguments.host, arguments.port)) as listening:
+        host, port = listening.getsockname()[:2]
+        print(f"{arguments.name} is served at http://{host}:{port}; Ctrl-C ends it", flush=True)
+        web.run_app(server.app(), sock=listening, print=None, access_log=None)
     return 0
 
 
