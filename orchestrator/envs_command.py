@@ -23,6 +23,7 @@ ABOUT = """Environments: what there is, and what an episode looks like.
   loopwright envs describe officeworld
   loopwright envs play officeworld --task 3      you are the policy: type actions, see the replies
   loopwright envs play officeworld --oracle      watch the oracle solve it
+  loopwright envs play officeworld --option style=full --option action_format=code
   loopwright envs new my_world                   a working package of your own to start from
   loopwright envs check my_package.world:World   run the conformance kit on your own
   loopwright envs serve officeworld              play it elsewhere: environment.name = "http://..."
@@ -185,14 +186,29 @@ async def _play(env: Env, task: Task, *, oracle: bool) -> None:
 
 
 def _typed() -> Iterator[str]:
-    """What a person types, a line a turn; an empty line or end of input gives up."""
-    print("Type an action a line; an empty line ends the episode.")
+    """What a person types: a line a turn, or several lines between ``` and ```; an empty line or
+    end of input gives up."""
+    print(
+        "Type an action a line; ``` begins an action of several lines, and ends it. "
+        "An empty line ends the episode."
+    )
     while True:
         print("> ", end="", flush=True)
         line = sys.stdin.readline().strip()
         if not line:
             return
-        yield line
+        yield _block(line) if line.startswith("```") else line
+
+
+def _block(first: str) -> str:
+    """The lines from a fence to the next one, both included."""
+    lines = [first]
+    while line := sys.stdin.readline():
+        lines.append(line.rstrip("\n"))
+        if lines[-1].strip() == "```":
+            break
+        print("… ", end="", flush=True)
+    return "\n".join(lines)
 
 
 def _show(messages: Iterable[Message]) -> None:

@@ -25,6 +25,7 @@ class Field:
     given: Given = "always"
     listed: bool = True  # shown in lists; the others only by `show`
     filters: bool = False  # lists can be narrowed to one value
+    ordered: bool = False  # a list whose order means something; others are kept sorted
 
     def param(self, **changes: Any) -> Param:
         """The field as a parameter of an API."""

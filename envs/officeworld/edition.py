@@ -8,10 +8,14 @@ from typing import Any, Protocol
 from loopwright.envs.actions import Call, Fault
 from loopwright.envs.officeworld.api import Api, ApiError, App, Office
 from loopwright.envs.officeworld.scenario import Plan, Scenario
-from loopwright.envs.protocol import Task
+from loopwright.envs.protocol import EnvError, Task
 
 NAME = "officeworld"
 WORLDS = 4096  # seeds of worlds a split; even ones are for training, odd ones held out
+
+
+class BadOption(EnvError, ValueError):
+    """An option or a split that this world does not have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +63,7 @@ class Edition(Protocol):
 
     def tasks(self, chosen: Sequence[Scenario], split: str, seed: int) -> Iterator[Task]:
         """An endless stream, the same for the same arguments; splits share nothing. Raises
-        `ValueError` if the split has none of the chosen scenarios."""
+        `BadOption` if the split has none of the chosen scenarios."""
         ...
 
     def open(self, task: Task, variant: int, people: int) -> tuple[Plan, Office]:

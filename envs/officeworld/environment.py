@@ -11,7 +11,7 @@ from loopwright.envs.actions import Call, Fault, parse_action, parse_cell, rende
 from loopwright.envs.metrics import CallLog, mentions
 from loopwright.envs.officeworld.api import ApiError, Office, invoke
 from loopwright.envs.officeworld.cells import render_cells
-from loopwright.envs.officeworld.edition import NAME, Edition
+from loopwright.envs.officeworld.edition import NAME, BadOption, Edition
 from loopwright.envs.officeworld.full.office import FullOffice, clipped, failure
 from loopwright.envs.officeworld.grading import unit_tests
 from loopwright.envs.officeworld.scenario import Plan, Scenario
@@ -53,7 +53,7 @@ def _chosen(
     there = edition.scenarios
     unknown = set(scenarios or ()) - set(there)
     if unknown:
-        raise ValueError(
+        raise BadOption(
             f"officeworld scenarios {sorted(unknown)}: unknown; there are {', '.join(there)}"
         )
     chosen = tuple(
@@ -63,7 +63,7 @@ def _chosen(
         and (difficulty is None or s.difficulty in difficulty)
     )
     if not chosen:
-        raise ValueError(
+        raise BadOption(
             f"officeworld: no scenario among {scenarios} has a difficulty in {difficulty} (1 to 3)"
         )
     return chosen
@@ -91,17 +91,17 @@ class OfficeWorld:
         zygote: Zygote | None = None,
     ) -> None:
         if style not in EDITIONS:
-            raise ValueError(f"officeworld style {style!r}: must be 'compact' or 'full'")
+            raise BadOption(f"officeworld style {style!r}: must be 'compact' or 'full'")
         self._edition = EDITIONS[style]
         if action_format not in self._edition.formats:
             allowed = " or ".join(map(repr, self._edition.formats))
-            raise ValueError(
+            raise BadOption(
                 f"officeworld action_format {action_format!r}: must be {allowed} in style {style!r}"
             )
         usual, least, most = self._edition.sizes
         self._size = usual if world_size is None else world_size
         if not least <= self._size <= most:
-            raise ValueError(
+            raise BadOption(
                 f"officeworld world_size {self._size}: must be {least} to {most} in style {style!r}"
             )
         self._style = style
@@ -132,7 +132,7 @@ class OfficeWorld:
     def tasks(self, split: str, seed: int) -> Iterator[Task]:
         """An endless stream. Nothing of the test split is ever trained on."""
         if split not in ("train", "test"):
-            raise ValueError(f"officeworld split {split!r}: must be 'train' or 'test'")
+            raise BadOption(f"officeworld split {split!r}: must be 'train' or 'test'")
         return self._edition.tasks(self._scenarios, split, seed)
 
     async def reset(self, task: Task) -> Observation:

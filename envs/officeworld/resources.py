@@ -44,16 +44,26 @@ class Resource:
     # field → (add verb, remove verb, parameter), for fields of kind strs and ints
     moves: tuple[Move, ...] = ()
     guard: Callable[[Office, Row], None] | None = None  # refuses changes of a row
-    check: Callable[[Office, Row], None] | None = None  # refuses a row as it would become
+    check: Callable[[Office, int, Row], None] | None = None
+    # refuses a row as it would become; its id is 0 before it is created
 
     def full_row(self, profile: Row, given: Mapping[str, Value]) -> dict[str, Value]:
         """A row with every field: given ones, and defaults for the rest."""
         unknown = set(given) - {f.name for f in self.fields}
         if unknown:
             raise KeyError(f"{self.table} has no {sorted(unknown)}")
-        return {
-            f.name: given[f.name] if f.name in given else _default(f, profile) for f in self.fields
-        }
+        whole = {f.name: given.get(f.name) for f in self.fields}
+        return self.normal(
+            {
+                f.name: _default(f, profile) if whole[f.name] is None else given[f.name]
+                for f in self.fields
+            }
+        )
+
+    def normal(self, given: Mapping[str, Value]) -> dict[str, Value]:
+        """The same values, with lists whose order means nothing sorted."""
+        loose = {f.name for f in self.fields if f.kind in ("ints", "strs") and not f.ordered}
+        return {k: _sorted(v) if k in loose else v for k, v in given.items()}
 
     def apis(self, *, public: bool) -> Iterator[Api]:
         """Everything it gives; `public`: without access token."""
@@ -100,16 +110,22 @@ class Resource:
         row = self.row(office, row_id, change=True)
         check_references(office, self.fields, changes)
         if self.check is not None:
-            self.check(office, {**row, **changes})
-        office.world.update(self.table, row_id, **changes)
+            self.check(office, row_id, {**row, **changes})
+        office.world.update(self.table, row_id, **self.normal(changes))
 
     def add(self, office: Office, given: Mapping[str, Value]) -> int:
         """Check and write a new row; its id."""
         check_references(office, self.fields, given)
         row = self.full_row(office.profile, given)
         if self.check is not None:
-            self.check(office, row)
+            self.check(office, 0, row)
         return office.world.insert(self.table, row)
+
+
+def _sorted(value: Value) -> Value:
+    assert isinstance(value, tuple), "lists are kept as tuples"
+    items: Any = sorted(value)
+    return tuple(items)
 
 
 def _default(f: Field, profile: Row) -> Value:
@@ -136,7 +152,7 @@ def check_references(office: Office, fields: tuple[Field, ...], given: Mapping[s
             continue
         value = given[f.name]
         for item in value if isinstance(value, tuple) else (value,):
-            if item in ("", 0):
+            if item in ("", 0) and f.default in ("", 0):
                 continue  # a reference that may be left open
             if f.refers in ("email", "phone"):
                 found = known(office, f.refers, str(item))
@@ -179,7 +195,7 @@ def _list_api(r: Resource) -> Api:
         return _Views(r, rows)
 
     return Api(
-        name=f"list_{r.plural}", doc=f"List {r.plural}; details by show_{r.name}.",
+        name=f"list_{r.plural}", doc=f"List {r.plural}, not with all their fields.",
         params=(*filters, *dated, sort), handler=handler, paged=True,
         returns=f"items: {_columns(r, whole=False)}",
     )  # fmt: skip

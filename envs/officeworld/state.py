@@ -58,7 +58,7 @@ class World:
                 yield row_id, added
 
     def next_id(self, table: str) -> int:
-        """The id that `insert` would give: the first one above all that the table ever held."""
+        """The id that `insert` would give: the first one above the base's and all added ones."""
         if table not in self._tops:
             self._tops[table] = max(self._base[table], default=0)
         return max(self._tops[table], *self._overlay.get(table, ()), 0) + 1
@@ -77,8 +77,12 @@ class World:
         self._overlay.setdefault(table, {})[row_id] = {**row, **changes}
 
     def remove(self, table: str, row_id: int) -> None:
-        """Take a row away."""
-        self._overlay.setdefault(table, {})[row_id] = None
+        """Take a row away. One that was added is as if it had never been, its id included."""
+        over = self._overlay.setdefault(table, {})
+        if row_id in self._base[table]:
+            over[row_id] = None
+        else:
+            over.pop(row_id, None)
 
     def snapshot(self) -> Overlay:
         """The state as a value, in O(rows touched): `restore` brings it back, in any world of the
@@ -99,8 +103,7 @@ class World:
             for row_id, row in over.items():
                 before = base.get(row_id)
                 if row is None:
-                    if before is not None:
-                        removed.add((table, row_id))
+                    removed.add((table, row_id))
                 elif before is None:
                     added[table, row_id] = row
                 elif fields := {k: v for k, v in row.items() if before[k] != v}:

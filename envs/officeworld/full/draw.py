@@ -151,5 +151,6 @@ def plan(
     answer: int | str | None = None,
 ) -> Plan:
     """A task: what its text says, how it is solved, what must be true at the end."""
-    goal = Goal(added=tuple(added), changed=tuple(changed), removed=tuple(removed), answer=answer)
+    expected = ((t, i, RESOURCES[t].normal(c) if t in RESOURCES else c) for t, i, c in changed)
+    goal = Goal(added=tuple(added), changed=tuple(expected), removed=tuple(removed), answer=answer)
     return Plan(values=values, goal=goal, calls=tuple(calls))

@@ -10,7 +10,7 @@ from typing import Any
 from loopwright.envs.actions import Call, Fault, render_action
 from loopwright.envs.officeworld.api import STATUS, Api, ApiError, App, Office, table_of
 from loopwright.envs.officeworld.dialect import Dialect, draw_dialect
-from loopwright.envs.officeworld.edition import NAME, OracleCall
+from loopwright.envs.officeworld.edition import NAME, BadOption, OracleCall
 from loopwright.envs.officeworld.full.apps import APIS, APPS, DECLARED, RESOURCES, TRAINING_APPS
 from loopwright.envs.officeworld.full.declare import Seeding
 from loopwright.envs.officeworld.full.draw import Draw
@@ -73,7 +73,7 @@ class FullOffice:
         again."""
         mine = [s for s in chosen if s.held_out == (split == "test")]
         if not mine:
-            raise ValueError(
+            raise BadOption(
                 f"officeworld: none of the chosen scenarios is in the {split} split: "
                 f"{', '.join(s.name for s in chosen)}"
             )

@@ -20,7 +20,7 @@ from loopwright.envs.officeworld.resources import Resource
 from loopwright.envs.officeworld.state import Row
 
 
-def ordered(_office: Office, row: Row) -> None:
+def ordered(_office: Office, _event_id: int, row: Row) -> None:
     """An event ends after it begins."""
     if str(row["end"]) <= str(row["start"]):
         raise ApiError("invalid_value", "an event must end after it begins", name="end")

@@ -27,7 +27,7 @@ CONTACT = Resource(
         flag("favorite", "whether they are on your short list", listed=False),
     ),
     flags={"favorite": ("star", "unstar")},
-    check=lambda office, row: unique(office, row),
+    check=lambda office, contact_id, row: unique(office, contact_id, row),
 )
 GROUP = Resource(
     name="group",
@@ -43,12 +43,12 @@ GROUP = Resource(
 )
 
 
-def unique(office: Office, row: Row) -> None:
+def unique(office: Office, contact_id: int, row: Row) -> None:
     """Refuse a second person with the same address or number."""
     for what in ("email", "phone"):
-        same = [i for i, other in office.world.rows("contacts") if other[what] == row[what]]
-        if len(same) > 1 or (same and office.world.get("contacts", same[0])["name"] != row["name"]):  # type: ignore[index]
-            raise ApiError("conflict", f"another contact has this {what}", name=what)
+        for other_id, other in office.world.rows("contacts"):
+            if other[what] == row[what] and other_id != contact_id:
+                raise ApiError("conflict", f"another contact has this {what}", name=what)
 
 
 def list_relations(office: Office) -> Any:

@@ -63,7 +63,7 @@ PLAYLIST = Resource(
     fields=(
         text("title", "its title"),
         text("about", "what it is for", default="", listed=False),
-        many("songs", "ids of its songs, in order", "songs", listed=False),
+        many("songs", "ids of its songs, in order", "songs", listed=False, ordered=True),
         flag("public", "whether others see it"),
     ),
     flags={"public": ("publish", "unpublish")},

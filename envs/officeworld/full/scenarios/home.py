@@ -196,11 +196,9 @@ SCENARIOS = (
         "Find the birthday of your {relation}, with the year, and answer in the form YYYY-MM-DD.",
     )),
     Scenario(name="group_friends", difficulty=2, build=_friends_group, texts=(
-        'Make a contact group "{name}" of your friends who live in {city}, by ascending id.',
-        'Everybody with the relation friend in {city} belongs into a new contact group "{name}" '
-        '(in the order of ids).',
-        'Create the group "{name}": all contacts that are friends and live in {city}, lowest id '
-        'first.',
+        'Make a contact group "{name}" of your friends who live in {city}.',
+        'Everybody with the relation friend in {city} belongs into a new contact group "{name}".',
+        'Create the group "{name}": all contacts that are friends and live in {city}.',
     )),
     every("cancel_orders", "cancel_order", "orders", sets(state="cancelled"), (
         "Cancel every order in the shop that is not sent yet.",

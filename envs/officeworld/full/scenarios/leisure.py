@@ -151,9 +151,9 @@ SCENARIOS = (
         'You want to hear "{title}" now, with the volume of the music at {volume}.',
     )),
     Scenario(name="queue_album", difficulty=3, build=_queue_album, held_out=True, texts=(
-        'Queue all songs of the album "{album}", in the order of their ids.',
-        'Put every song of "{album}" into the music queue, lowest id first.',
-        'The songs of the album "{album}" should wait in the queue, by ascending id.',
+        'Queue all songs of the album "{album}".',
+        'Put every song of "{album}" into the music queue.',
+        'The songs of the album "{album}" should wait in the queue.',
     )),
     Scenario(name="drop_short_songs", difficulty=3, build=_short_songs, held_out=True, texts=(
         'Remove the songs shorter than {limit} seconds from the playlist "{playlist}".',
