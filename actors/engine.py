@@ -96,6 +96,7 @@ class EngineSettings:
     max_context: int = 1024  # prompt + completion
     kv_bytes: int = 64 << 20
     threads: int = 1
+    lora_rank: int = 0  # of the adapters that will be published; 0: whole weights are
     options: Mapping[str, Any] = field(default_factory=dict)  # of the one engine, passed through
 
 

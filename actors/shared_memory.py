@@ -40,6 +40,7 @@ from loopwright.actors.weights import (
     owners,
     refuse_missing,
     refuse_unknown,
+    stored_dtype,
     view_at,
 )
 
@@ -170,7 +171,7 @@ class SharedWeights:
         self._kind: Kind = kind
         self._owner = dict(names)
         self._shapes = {name: tuple(tensors[name].shape) for name in names}
-        self._dtypes = {name: _stored_dtype(tensors[name], dtype) for name in names}
+        self._dtypes = {name: stored_dtype(tensors[name], dtype) for name in names}
         self._offsets: dict[str, int] = {}
         end = 0
         for name, owner in names.items():
@@ -341,7 +342,3 @@ def _lock(file: int, kind: int, start: int, size_bytes: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _stored_dtype(tensor: "torch.Tensor", dtype: "torch.dtype | None") -> "torch.dtype":
-    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype

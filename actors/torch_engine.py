@@ -43,7 +43,7 @@ from loopwright.actors.engine_thread import (
     drain,
 )
 from loopwright.actors.torch_model import Adapter, LeanModel, load_model
-from loopwright.actors.weights import ChannelLost, WeightError, WeightManifest
+from loopwright.actors.weights import ChannelLost, WeightError, WeightManifest, wrong_dtypes
 
 
 class TorchEngine:
@@ -217,6 +217,8 @@ class TorchEngine:
         """What was received, and the tensors to serve from."""
         model = self._model
         assert model is not None  # _running_thread has seen it
+        if wrong := wrong_dtypes(manifest, self._settings.dtype):
+            raise EngineError(f"version {manifest.version} refused: {'; '.join(wrong)}")
         refused = ""
         try:
             received = self._receiver.receive(manifest)

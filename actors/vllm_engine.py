@@ -2,14 +2,10 @@
 
     this process (asyncio)                      vLLM's engine core process
     VllmEngine -> AsyncLLM.generate  ------->   scheduler, model, sampler
-               -> verify, pause, update ---->   actors/vllm_transfer.py: shared memory -> layers
+               -> verify, pause, update ---->   actors/vllm_transfer.py: channel -> layers
                <- tokens, logprobs, spans of weight versions
 
-An update is: checksum what lies in shared memory; pause; load; number the version; resume. vLLM
-drops every cached prefix at the pause. A running sequence that goes on (`continue`) has its KV
-computed again under the new weights, because vLLM cannot drop cached prefixes and keep the blocks
-that running sequences share with them: its next token is exactly what the new weights give for the
-tokens so far.
+How it takes weights is in `actors/vllm_update.py`.
 
 vLLM is imported when `start` runs. `VLLM_CPU_ENVIRONMENT` belongs in the environment of the process
 before anything imports torch; whoever launches the process passes it. Pinned to vLLM 0.32: 0.33
@@ -34,13 +30,13 @@ from loopwright.actors.engine import (
     UpdateReport,
 )
 from loopwright.actors.vllm_setup import (
-    CheckpointLayout,
     StepMeter,
     engine_arguments,
     prepare_environment,
     require_vllm,
 )
-from loopwright.actors.weights import WeightManifest, encode
+from loopwright.actors.vllm_update import Updates
+from loopwright.actors.weights import WeightManifest
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -64,9 +60,8 @@ class VllmEngine:
         self._meter = StepMeter()
         self._in_flight: set[str] = set()
         self._updating = asyncio.Lock()
-        self._version = 0
+        self._updates = Updates(settings)
         self._probes = 0
-        self._checkpoint: CheckpointLayout | None = None
         self._out_of_service = "it is not started; call start()"  # empty: serving
         self._started_at = time.monotonic()
 
@@ -156,41 +151,54 @@ class VllmEngine:
         )
 
     async def update_weights(self, manifest: WeightManifest, on_update: OnUpdate) -> UpdateReport:
-        """Take the published weights; every cached prefix is dropped.
+        """Take the published weights.
 
-        `checksums` are those of the bytes the worker read from shared memory, compared before any
-        layer is touched: served layers are re-packed and cannot be compared; `probe` tells what
-        they compute. Raises `EngineError` naming the tensors that are wrong, missing or of another
-        shape; the former version then goes on being served. If loading itself fails the engine
-        refuses everything from then on.
+        `checksums` are those of the bytes the worker received, compared before any layer is
+        touched: served layers are re-packed and cannot be compared; `probe` tells what they
+        compute. Raises `EngineError` naming the tensors that are wrong, missing or of another
+        shape, and `ChannelLost`; the former version then goes on being served. If loading itself
+        fails the engine refuses everything from then on.
         """
         from vllm.exceptions import VLLMError
 
         async with self._updating:
             llm = self._serving(f"update to version {manifest.version}")
             began = time.monotonic()
-            self._check_manifest(llm, manifest)
-            payload = encode(manifest)
+            self._updates.check(llm, manifest)
             try:
-                checksums = await self._verified(llm, payload, manifest.version)
-                still_from = await self._swap(llm, payload, manifest.version, on_update)
+                checksums, folder = await self._updates.receive(llm, manifest)
+                still_from = await self._updates.swap(llm, manifest, folder, on_update)
             except VLLMError as error:
                 raise EngineError(
                     f"vLLM failed the update to version {manifest.version}: {error}"
                 ) from error
+            finally:
+                if self._updates.broken:  # nothing may be sampled from what was half loaded
+                    self._out_of_service = self._updates.broken
+                    await llm.abort(list(self._in_flight))
             ended = time.monotonic()
             return UpdateReport(
-                version=self._version,
+                version=self._updates.version,
                 checksums=checksums,
                 pause_s=ended - still_from,
                 seconds=ended - began,
             )
 
+    async def sleep(self) -> None:
+        """Stand still, without KV, until the next `update_weights`."""
+        from vllm.exceptions import VLLMError
+
+        async with self._updating:
+            try:
+                await self._updates.sleep(self._serving("sleep"))
+            except VLLMError as error:
+                raise EngineError(f"vLLM cannot go to sleep: {error}") from error
+
     async def stats(self) -> EngineStats:
         """Counters and gauges, at once. `busy_s` is wall time with sequences running."""
         running = min(self._meter.running, len(self._in_flight))
         return EngineStats(
-            version=self._version,
+            version=self._updates.version,
             running=running,
             waiting=len(self._in_flight) - running,
             generated_tokens=self._meter.generated_tokens,
@@ -265,7 +273,11 @@ class VllmEngine:
         self._in_flight.add(request_id)
         try:
             async for output in llm.generate(
-                tokens_input(prompt_ids), params, request_id, priority=priority
+                tokens_input(prompt_ids, cache_salt=self._updates.salt),
+                params,
+                request_id,
+                priority=priority,
+                lora_request=self._updates.adapter,
             ):
                 last = output
         except (VLLMError, ValueError) as error:
@@ -279,71 +291,6 @@ class VllmEngine:
             ended = "with nothing" if last is None else f"with {last.outputs[0].finish_reason!r}"
             raise EngineError(f"vLLM ended request {request_id!r} {ended}; its log says why")
         return last
-
-    def _check_manifest(self, llm: "AsyncLLM", manifest: WeightManifest) -> None:
-        if manifest.kind != "full":
-            raise EngineError(
-                f"publish of version {manifest.version} has kind {manifest.kind!r}: the vLLM "
-                f"engine takes 'full' publishes only; merge the adapter into the weights first"
-            )
-        if self._checkpoint is None:
-            self._checkpoint = CheckpointLayout.of(llm.model_config.hf_config)
-        problems = self._checkpoint.problems(
-            dict(zip(manifest.names, manifest.shapes, strict=True))
-        )
-        if problems:
-            raise EngineError(
-                f"publish of version {manifest.version} does not describe "
-                f"{self._settings.model_path!r}: {'; '.join(problems)}. Publish every parameter of "
-                f"the model that the engine was started with"
-            )
-
-    async def _verified(self, llm: "AsyncLLM", payload: bytes, version: int) -> dict[str, int]:
-        answers = await llm.collective_rpc("verify_published_weights", kwargs={"manifest": payload})
-        refusals = [answer["refusal"] for answer in answers if answer["refusal"]]
-        if refusals:
-            raise EngineError(
-                f"publish of version {version} is refused, the former stays: {refusals[0]}"
-            )
-        return dict(answers[0]["checksums"])
-
-    async def _swap(
-        self, llm: "AsyncLLM", payload: bytes, version: int, on_update: OnUpdate
-    ) -> float:
-        """Pause, load, resume; returns when generation began to stand still."""
-        still_from = time.monotonic()
-        try:
-            if on_update == "continue":
-                await llm.pause_generation(mode="keep", clear_cache=True)
-            else:
-                await llm.pause_generation(mode="wait", clear_cache=True)
-                still_from = time.monotonic()
-            await self._load(llm, payload, version)
-        finally:
-            if self._out_of_service:  # nothing may be sampled from what was half loaded
-                await llm.abort(list(self._in_flight))
-            else:
-                await llm.resume_generation()
-        return still_from
-
-    async def _load(self, llm: "AsyncLLM", payload: bytes, version: int) -> None:
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-
-        complete = False
-        try:
-            await llm.start_weight_update()
-            await llm.update_weights(WeightTransferUpdateRequest(update_info={"manifest": payload}))
-            await llm.finish_weight_update(str(version))
-            self._version = int(await llm.get_weight_version())
-            complete = True
-        except Exception as error:  # vLLM raises the worker's failures as bare exceptions
-            raise EngineError(f"loading version {version} failed in vLLM: {error}") from error
-        finally:
-            if not complete:
-                self._out_of_service = (
-                    f"loading version {version} did not finish, so its layers hold parts of two "
-                    f"versions; close it and start another"
-                )
 
 
 def _sampling_params(request: GenerateRequest, *, max_tokens: int) -> "SamplingParams":

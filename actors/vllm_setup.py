@@ -28,6 +28,7 @@ _OURS = {
     "model": "model_path", "dtype": "dtype", "max_model_len": "max_context",
     "max_num_seqs": "max_concurrency", "kv_cache_memory_bytes": "kv_bytes",
 }  # fmt: skip
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
 _NAMED = 5  # tensors an error names before it says there are more
 _FIXED = (  # `update_weights` and the meaning of logprobs rest on these
     "logprobs_mode",
@@ -119,10 +120,17 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         "logprobs_mode": "processed_logprobs",  # after temperature, as the trainer computes them
         "scheduling_policy": "priority",
         "enable_prefix_caching": True,
-        "weight_transfer_config": {"backend": "loopwright_shared_memory"},
+        "weight_transfer_config": {"backend": "loopwright_channel"},
         "worker_extension_cls": "loopwright.actors.vllm_transfer.PublishedWeightsExtension",
         "disable_log_stats": True,
     }
+    if settings.lora_rank:
+        room = next((rank for rank in _LORA_RANKS if rank >= settings.lora_rank), 0)
+        if not room:
+            raise EngineError(
+                f"lora_rank {settings.lora_rank}: vLLM serves adapters of at most {_LORA_RANKS[-1]}"
+            )
+        arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
     if settings.device == "cpu":
         arguments |= {
             "enforce_eager": True,

@@ -79,6 +79,17 @@ class WeightManifest:
             )
 
 
+def wrong_dtypes(manifest: WeightManifest, dtype: str) -> list[str]:
+    """One text for each dtype of floating-point tensors that an engine of `dtype` does not serve:
+    converted there, they would not be what the trainer compares with."""
+    wrong = {
+        d: name
+        for name, d in zip(manifest.names, manifest.dtypes, strict=True)
+        if "float" in d and d != dtype
+    }
+    return [f"{name} is {d}, the engine serves in {dtype}" for d, name in wrong.items()]
+
+
 def encode(manifest: WeightManifest) -> bytes:
     """The manifest as msgpack bytes under the current schema version."""
     return msgpack.packb({"v": MANIFEST_SCHEMA, "manifest": asdict(manifest)})
@@ -218,6 +229,11 @@ def view_at(
         )
     part = torch.from_numpy(buffer[offset : offset + size_bytes])
     return part.view(torch_dtype).view(shape)
+
+
+def stored_dtype(tensor: "torch.Tensor", dtype: "torch.dtype | None") -> "torch.dtype":
+    """What a tensor is published as: floating-point ones in `dtype`, if that is given."""
+    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
 
 
 def dtype_name(dtype: "torch.dtype") -> str:

@@ -201,6 +201,7 @@ def _spawn_engine(
         max_context=config.environment.max_context,
         kv_bytes=r.kv_bytes,
         threads=r.threads,
+        lora_rank=config.model.lora_rank if plan.channel == "adapter" else 0,
         options=r.options,
     )
     on_cpu = r.engine == "vllm" and config.model.device == "cpu"
@@ -225,6 +226,7 @@ def channel_settings(config: Config, plan: placement.Plan, *, alone: bool) -> Ch
     return ChannelSettings(
         channel=plan.channel,
         carrier=plan.carrier,
+        dtype=config.model.dtype,
         device=config.model.device,
         host=placement.host_option(config, alone),
         bucket_bytes=channel_option(options, "bucket_bytes"),

@@ -115,7 +115,9 @@ def open_trainer(config: Config, folder: Path) -> Trainer:
         )
     # An adapter's publish is the adapter alone, and so are its checksums.
     adapters = recorded_channel(folder) == "adapter"
-    channel = ChannelSettings(channel="adapter" if adapters else "shared_memory")
+    channel = ChannelSettings(
+        channel="adapter" if adapters else "shared_memory", dtype=config.model.dtype
+    )
     return Trainer(settings, f"{config.run.name}-replay", channel=channel)
 
 

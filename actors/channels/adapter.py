@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from loopwright.actors.channels.channel import Segments, WeightSource
+from loopwright.actors.channels.channel import Segments, WeightSource, torch_dtype
 from loopwright.actors.channels.collective import Host
 from loopwright.actors.channels.image import Image
 from loopwright.actors.channels.in_place import adopt
@@ -141,6 +141,7 @@ class AdapterChannel:
     def __init__(self, settings: ChannelSettings, carrier: Segments | Host, run_name: str) -> None:
         """On one host the base lies in a segment of its own, with one slot."""
         self._settings, self._carrier = settings, carrier
+        self._dtype = torch_dtype(settings.dtype)
         self._run_name = f"{run_name}-base"
         self._shared: SharedWeights | None = None
         self._base: Image | None = None  # for engines elsewhere
@@ -158,7 +159,7 @@ class AdapterChannel:
         shapes = source.published_shapes()
         fresh = self._adapter is None or source.owner is not self._owner
         if fresh:
-            self._adapter, self._owner = Image(shapes), source.owner
+            self._adapter, self._owner = Image(shapes, self._dtype), source.owner
             self._take_base(source)
         assert self._adapter is not None
         self._adapter.fill(source.published_buckets())
@@ -187,13 +188,15 @@ class AdapterChannel:
     def _take_base(self, source: AdaptedSource) -> None:
         base = source.base()
         if self._settings.carrier != "shared_memory":
-            self._base = Image(base.published_shapes())
+            self._base = Image(base.published_shapes(), self._dtype)
             self._base.fill(base.published_buckets())
             self._base.version = 0
             return
         if self._shared is not None:
             self._shared.close()
-        self._shared = SharedWeights.create(self._run_name, base.published_shapes(), in_place=True)
+        self._shared = SharedWeights.create(
+            self._run_name, base.published_shapes(), in_place=True, dtype=self._dtype
+        )
         self._base_manifest = self._shared.write_buckets(0, base.published_buckets())
         source.adopt_base(self._shared.views())
 

@@ -75,9 +75,10 @@ class WeightChannel(Protocol):
 class SharedMemoryChannel:
     """Full weights, written once into a segment with two slots that engines serve from in place."""
 
-    def __init__(self, run_name: str) -> None:
-        """Nothing is allocated before the first publish."""
+    def __init__(self, run_name: str, dtype: str = "") -> None:
+        """Nothing is allocated before the first publish. `dtype`: of what is published."""
         self._run_name = run_name
+        self._dtype = torch_dtype(dtype)
         self._shared: SharedWeights | None = None
         self._last: WeightManifest | None = None
 
@@ -86,7 +87,9 @@ class SharedMemoryChannel:
     ) -> WeightManifest:
         """As `WeightChannel.publish`; whoever attaches the segment takes it."""
         if self._shared is None:
-            self._shared = SharedWeights.create(self._run_name, source.published_shapes())
+            self._shared = SharedWeights.create(
+                self._run_name, source.published_shapes(), dtype=self._dtype
+            )
         else:  # every engine has taken this process's first manifest: a killed trainer's can go
             unlink_stale(self._run_name)
         self._last = self._shared.write_buckets(version, source.published_buckets())
@@ -190,7 +193,7 @@ class ImageChannel:
                 or members != self._members
             )
             if image is None or not image.fits(shapes):
-                image = self._image = Image(shapes)
+                image = self._image = Image(shapes, torch_dtype(self._settings.dtype))
             self._members = members
             if not whole:
                 change, kind = self._changes(image, source)
@@ -279,6 +282,12 @@ class ImageChannel:
         )
 
 
+def torch_dtype(name: str) -> torch.dtype | None:
+    """The dtype of that name; None for the empty one."""
+    found: torch.dtype | None = getattr(torch, name) if name else None
+    return found
+
+
 def _published(last: WeightManifest | None, version: int) -> WeightManifest:
     if last is None or last.version != version:
         raise ChannelLost(f"this trainer has not published version {version}")
@@ -299,9 +308,9 @@ def open_channel(
     if settings.in_place and settings.channel == "shared_memory":
         from loopwright.actors.channels.in_place import InPlaceChannel
 
-        return InPlaceChannel(run_name)
+        return InPlaceChannel(run_name, torch_dtype(settings.dtype))
     if settings.channel == "shared_memory":
-        return SharedMemoryChannel(run_name)
+        return SharedMemoryChannel(run_name, settings.dtype)
     carrier: Segments | Host = Segments(run_name)
     if settings.carrier == "collective":
         carrier = Host(

@@ -15,6 +15,7 @@ from loopwright.actors.weights import (
     owners,
     refuse_missing,
     refuse_unknown,
+    stored_dtype,
 )
 
 
@@ -29,19 +30,21 @@ class Layout:
     size_bytes: int
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> "Layout":
-        """For tensors as they come, of which only shape, dtype and identity matter."""
+    def of(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> "Layout":
+        """For tensors as they come, of which only shape, dtype and identity matter; floating-point
+        ones lie in `dtype`, if that is given."""
+        dtypes = {name: stored_dtype(tensor, dtype) for name, tensor in tensors.items()}
         owner = owners(tensors)
         offsets: dict[str, int] = {}
         end = 0
         for name, first in owner.items():
             if name == first:
                 offsets[name] = end
-                end += aligned(max(1, tensors[name].numel() * tensors[name].element_size()))
+                end += aligned(max(1, tensors[name].numel() * dtypes[name].itemsize))
         return cls(
             owner,
             {name: tuple(tensor.shape) for name, tensor in tensors.items()},
-            {name: tensor.dtype for name, tensor in tensors.items()},
+            dtypes,
             {name: offsets[first] for name, first in owner.items()},
             max(end, 1),
         )
@@ -81,20 +84,17 @@ class Layout:
 class Image:
     """Weights as they were published last, in the trainer's memory; filled bucket by bucket."""
 
-    def __init__(self, shapes: Mapping[str, Tensor]) -> None:
-        """Room for `shapes`; nothing is in it yet."""
-        self.layout = Layout.of(shapes)
+    def __init__(self, shapes: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
+        """Room for `shapes`, as `Layout.of` has it; nothing is in it yet."""
+        self.layout = Layout.of(shapes, dtype)
         self.flat = torch.empty(self.layout.size_bytes, dtype=torch.uint8)
         self.views = self.layout.views(self.flat)
         self.checksums: dict[str, int] = {}
         self.version = -1
 
     def fits(self, shapes: Mapping[str, Tensor]) -> bool:
-        """Whether tensors of these shapes and dtypes belong here."""
-        layout = self.layout
-        return {n: (tuple(t.shape), t.dtype) for n, t in shapes.items()} == {
-            n: (layout.shapes[n], layout.dtypes[n]) for n in layout.owner
-        }
+        """Whether tensors of these names and shapes belong here."""
+        return {name: tuple(tensor.shape) for name, tensor in shapes.items()} == self.layout.shapes
 
     def fill(self, buckets: Iterable[Mapping[str, Tensor]]) -> None:
         """Copy and checksum all tensors. Raises `WeightError` for others than it has room for."""

@@ -8,6 +8,7 @@ engine may compute, which is why engines sleep from the end of generation to the
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from loopwright.actors.shared_memory import SharedWeights, unlink_stale
@@ -34,8 +35,10 @@ def adopt(backend: Any, names: Mapping[str, str], views: Mapping[str, Tensor]) -
 class InPlaceChannel:
     """Full weights that engines read where the trainer trains them."""
 
-    def __init__(self, run_name: str) -> None:
-        """Nothing is allocated before the first publish."""
+    def __init__(self, run_name: str, dtype: torch.dtype | None = None) -> None:
+        """Nothing is allocated before the first publish. In another `dtype` than the trainer's
+        parameters it is a copy that engines map in place."""
+        self._dtype = dtype
         self._run_name = run_name
         self._source: Any = None
         self._shared: SharedWeights | None = None
@@ -48,7 +51,9 @@ class InPlaceChannel:
             if self._shared is not None:
                 self._shared.close()
             shapes = source.published_shapes()
-            self._shared = SharedWeights.create(self._run_name, shapes, in_place=True)
+            self._shared = SharedWeights.create(
+                self._run_name, shapes, in_place=True, dtype=self._dtype
+            )
             self._source = source
             self._shared.write_buckets(version, source.published_buckets())
             self._adopted = adopt(source, {name: name for name in shapes}, self._shared.views())

@@ -15,7 +15,7 @@ import msgpack
 import torch
 from torch import Tensor
 
-from loopwright.actors.channels.channel import WeightSource
+from loopwright.actors.channels.channel import WeightSource, torch_dtype
 from loopwright.actors.channels.image import Layout
 from loopwright.actors.channels.settings import ChannelSettings
 from loopwright.actors.weights import (
@@ -43,6 +43,7 @@ class IpcChannel:
         """Raises `WeightError` without CUDA."""
         require_cuda('rollout.channel = "ipc"')
         self._device = torch.device(settings.device)
+        self._dtype = torch_dtype(settings.dtype)
         self._layout: Layout | None = None
         self._flats: list[Tensor] = []
         self._last: WeightManifest | None = None
@@ -52,7 +53,7 @@ class IpcChannel:
     ) -> WeightManifest:
         """As `WeightChannel.publish`."""
         if self._layout is None:
-            layout = self._layout = Layout.of(source.published_shapes())
+            layout = self._layout = Layout.of(source.published_shapes(), self._dtype)
             self._flats = [
                 torch.empty(layout.size_bytes, dtype=torch.uint8, device=self._device)
                 for _ in range(2)

@@ -14,6 +14,7 @@ class ChannelSettings:
 
     channel: ChannelName = "shared_memory"
     carrier: Carrier = "shared_memory"  # of what the channel sends
+    dtype: str = ""  # floating-point weights are published in it; empty: as they are
     device: str = "cpu"  # where trainer and engines compute
     host: str = "127.0.0.1"  # collective: the trainer's address as engines reach it; "": found
     bucket_bytes: int = 16 << 20  # collective: bytes of one message
