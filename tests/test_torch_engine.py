@@ -38,6 +38,7 @@ from tests.engine_conformance import (
     EngineBench,
     EngineConformance,
     build_model,
+    check_adapters,
     prompts,
     reference_logprobs,
 )
@@ -56,6 +57,12 @@ class TestTorchEngine(EngineConformance):
     """The shared suite."""
 
     resumes_exactly = True
+
+
+@pytest.mark.parametrize("carrier", ["shared_memory", "collective"])
+def test_adapters_are_added_to_a_base_that_came_once(tmp_path: Path, carrier: str) -> None:
+    with EngineBench(TorchEngine, tmp_path, tied=True, lora_rank=4) as bench:
+        check_adapters(bench, 1e-4, carrier)
 
 
 SHAPE: dict[str, Any] = {

@@ -32,6 +32,7 @@ from tests.engine_conformance import (
     EngineBench,
     EngineConformance,
     build_model,
+    check_adapters,
     prompts,
     reference_logprobs,
 )
@@ -159,7 +160,8 @@ class TestPublishing:
     @pytest.mark.parametrize(
         ("change", "text"),
         [
-            ({"kind": "adapter"}, "merge the adapter"),
+            ({"kind": "adapter"}, "without room for one"),
+            ({"dtypes": ("bfloat16",) * 99}, "is bfloat16, the engine serves in float32"),
             ({"segment": "loopwright-gone"}, "no shared memory segment"),
         ],
     )
@@ -167,6 +169,8 @@ class TestPublishing:
         self, bench: EngineBench, change: dict[str, Any], text: str
     ) -> None:
         whole = bench.stage(34).manifest
+        if "dtypes" in change:
+            change = {"dtypes": change["dtypes"][: len(whole.names)]}
         with pytest.raises(EngineError, match=text):
             bench.run(bench.engine.update_weights(replace(whole, **change), "continue"))
         answer = bench.run(bench.engine.probe(PROBE))
@@ -196,6 +200,11 @@ def test_closing_returns_what_runs_and_refuses_what_follows(bench: EngineBench) 
         bench.generate([bench.request(PROBE)])
     bench.run(bench.engine.close())
     assert engine_cores() == []
+
+
+def test_adapters_are_served_by_vllm_itself(tmp_path: Path) -> None:
+    with EngineBench(VllmEngine, tmp_path, tied=True, lora_rank=4) as bench:
+        check_adapters(bench, 1e-4)
 
 
 def test_a_dead_engine_core_ends_every_call_with_an_error(tmp_path: Path) -> None:
