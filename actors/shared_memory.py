@@ -17,15 +17,17 @@ segment; the kernel drops the lock when the writer dies, however it dies, which 
 `unlink_stale` tells what is left over. Engines that map an unlinked segment keep what they map.
 """
 
+import ctypes
 import fcntl
 import mmap
 import os
 import re
 import secrets
 import struct
+import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -53,38 +55,75 @@ _RESERVE_BYTES = 1 << 20  # left free on /dev/shm
 _OFD_SETLK = 37  # fcntl(2): lock a byte range for an open file description, never waiting
 
 
-def attach(manifest: WeightManifest) -> dict[str, "torch.Tensor"]:
+def attach(
+    manifest: WeightManifest, mappings: "Mappings | None" = None
+) -> dict[str, "torch.Tensor"]:
     """Views on the published tensors, without a copy. They stay mapped for as long as a view lives.
 
     The mapping is private: writing to a view changes this process alone, so treat the views as
-    read-only. Raises `WeightError` if the segment is gone, too small or being rewritten.
+    read-only. With `mappings` it is used again for the next publish. Raises `WeightError` if the
+    segment is gone, too small or being rewritten.
     """
     path = SEGMENT_FOLDER / manifest.segment
     slot = min(manifest.offsets, default=0) // manifest.size_bytes
     try:
         with path.open("rb") as file:
-            # The mapping duplicates the descriptor and with it keeps the lock.
-            locked = _lock(
-                file.fileno(), fcntl.F_RDLCK, slot * manifest.size_bytes, manifest.size_bytes
-            )
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            # A duplicate of the descriptor keeps the lock after this block.
+            held = os.dup(file.fileno())
+            locked = _lock(held, fcntl.F_RDLCK, slot * manifest.size_bytes, manifest.size_bytes)
+            mapped = (mappings or Mappings()).of(manifest.segment, held)
     except (FileNotFoundError, ValueError) as error:
         raise WeightError(
             f"weights of version {manifest.version}: no shared memory segment {path} ({error}). "
             f"The trainer that wrote it has ended, or runs on another host; publish again"
         ) from error
+    lease = _lease(mapped, held)
     if not locked:
         raise WeightError(
             f"weights of version {manifest.version} are being overwritten by a later version in "
             f"{path}; take the later manifest"
         )
-    buffer = np.frombuffer(mapped, dtype=np.uint8)
+    buffer = np.frombuffer(lease, dtype=np.uint8)
     views: dict[str, torch.Tensor] = {}
     for name, shape, dtype, offset in zip(
         manifest.names, manifest.shapes, manifest.dtypes, manifest.offsets, strict=True
     ):
         views[name] = view_at(buffer, shape, dtype, offset, name)
     return views
+
+
+class Mappings:
+    """The segment that a process mapped last, kept mapped: the page tables of 100 MB cost more to
+    build than the bytes to read."""
+
+    def __init__(self) -> None:
+        """Nothing is mapped yet."""
+        self._segment = ""
+        self._mapped: mmap.mmap | None = None
+
+    def of(self, segment: str, file: int) -> mmap.mmap:
+        """The whole of `segment`, which `file` has open."""
+        if segment != self._segment or self._mapped is None:
+            # Through a description of its own, so that no lock of `file` lives as long as it.
+            own = os.open(f"/proc/self/fd/{file}", os.O_RDONLY)
+            try:
+                self._mapped = mmap.mmap(own, 0, access=mmap.ACCESS_COPY)
+            finally:
+                os.close(own)
+            self._segment = segment
+        return self._mapped
+
+    def close(self) -> None:
+        """Forget it; it is unmapped with the last view."""
+        self._segment, self._mapped = "", None
+
+
+def _lease(mapped: mmap.mmap, held: int) -> Any:
+    """The bytes of `mapped`; `held`, and with it a lock, is closed once nobody views them."""
+    kind: Any = type("_Lease", (ctypes.Array,), {"_type_": ctypes.c_ubyte, "_length_": len(mapped)})
+    lease = kind.from_buffer(mapped)
+    weakref.finalize(lease, os.close, held)
+    return lease
 
 
 def unlink_stale(name: str = "", *, keep: str = "") -> list[str]:

@@ -16,7 +16,7 @@ from loopwright.actors.channels.collective import Guest
 from loopwright.actors.channels.delta import apply_change
 from loopwright.actors.channels.image import Layout
 from loopwright.actors.channels.lowrank import apply_lowrank, is_lowrank
-from loopwright.actors.shared_memory import attach, read_segment
+from loopwright.actors.shared_memory import Mappings, attach, read_segment
 from loopwright.actors.weights import (
     ChannelLost,
     WeightError,
@@ -46,6 +46,7 @@ class Receiver:
     def __init__(self, device: str = "cpu") -> None:
         """Nothing is joined or mapped before the first publish. `device`: where engines compute."""
         self._guest = Guest(device)
+        self._mappings = Mappings()
         self._base: Received | None = None  # below adapters
         self._base_of = b""
         self._last: Received | None = None
@@ -81,13 +82,14 @@ class Receiver:
     def close(self) -> None:
         """Leave the group, unmap and free."""
         self._guest.close()
+        self._mappings.close()
         self._base = self._last = self._layout = self._served = None
         self._buffers = []
 
     def _full(self, manifest: WeightManifest) -> Received:
         expected = manifest_checksums(manifest)
         if manifest.in_place:
-            views = attach(manifest)
+            views = attach(manifest, self._mappings)
             return Received(manifest.version, views, verify(views, expected))
         layout = Layout.from_manifest(manifest)
         if manifest.carrier == "ipc":
