@@ -15,10 +15,9 @@ Every test starts from whatever weights the engine holds and leaves `bench.model
 """
 
 import asyncio
-import copy
 import itertools
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +27,6 @@ import numpy as np
 import pytest
 import torch
 
-from loopwright.actors.channels.adapter import BackendAdapters
 from loopwright.actors.channels.channel import open_channel
 from loopwright.actors.channels.lowrank import Basis
 from loopwright.actors.channels.settings import ChannelSettings
@@ -43,9 +41,9 @@ from loopwright.actors.engine import (
     OnUpdate,
     UpdateReport,
 )
-from loopwright.actors.ranks import Ranks
-from loopwright.actors.shared_memory import SEGMENT_FOLDER, SharedWeights
+from loopwright.actors.shared_memory import SharedWeights
 from loopwright.actors.weights import WeightManifest, manifest_checksums
+from tests.weight_sources import ModelSource, flip_bit, nudged
 
 VOCAB = 128
 MAX_CONTEXT = 512
@@ -92,99 +90,6 @@ def continued_logprobs(
 def _picked(logits: torch.Tensor, tokens: np.ndarray, temperature: float) -> np.ndarray:
     scores = torch.log_softmax(logits / temperature, dim=-1)
     return scores.gather(1, torch.from_numpy(tokens.astype(np.int64))[:, None])[:, 0].numpy()
-
-
-def flip_bit(segment: str, at: int) -> None:
-    """Damage one byte of shared memory."""
-    with (SEGMENT_FOLDER / segment).open("r+b") as file:
-        file.seek(at)
-        byte = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([byte ^ 0x10]))
-
-
-def nudged(model: Any) -> Any:
-    """A copy of the model with a few weights of every tensor changed."""
-    changed = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in changed.parameters():
-            chosen = torch.rand(parameter.shape, generator=generator) < 0.05
-            parameter.add_(chosen * 0.01)
-    return changed
-
-
-class ModelSource:
-    """A `WeightSource` of a transformers model."""
-
-    def __init__(self, model: Any) -> None:
-        self._tensors: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
-
-    def published_shapes(self) -> dict[str, torch.Tensor]:
-        """On the meta device; tied ones are the same object."""
-        meta: dict[int, torch.Tensor] = {}
-        return {
-            n: meta.setdefault(id(t), torch.empty(t.shape, dtype=t.dtype, device="meta"))
-            for n, t in self._tensors.items()
-        }
-
-    def published_buckets(self) -> Iterator[dict[str, torch.Tensor]]:
-        """All at once."""
-        yield dict(self._tensors)
-
-
-class Adapted:
-    """As much of a trainer backend as the adapter channel reads: a model with random LoRA."""
-
-    def __init__(self, model: Any, seed: int) -> None:
-        from loopwright.actors.lora import add_adapters
-
-        self.ranks = Ranks()
-        self.model = add_adapters(copy.deepcopy(model), rank=4, alpha=8.0, targets="all-linear")
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if "lora_" in name:
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-
-    def gather(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Parameters by name."""
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        return {name: parameters[name].detach() for name in names}
-
-
-def check_adapters(bench: "EngineBench", tolerance: float, carrier: Any = "shared_memory") -> None:
-    """Two adapters one after the other over a base that is published once; then a damaged one.
-
-    The engine must have been started from `bench.model`, with room for adapters.
-    """
-    chosen = ChannelSettings(channel="adapter", carrier=carrier, bucket_bytes=1 << 14)
-    channel, tokens = open_channel(chosen, "test-conformance"), prompts(20, [40])[0]
-    base = bench.model
-    adapted = Adapted(base, 1)
-    try:
-        for seed in (1, 2):
-            adapted.model.load_state_dict(Adapted(base, seed).model.state_dict())
-            source = BackendAdapters(adapted)
-            manifest = channel.publish(bench.version + 1, source, ("engine/0",))
-            assert manifest.kind == "adapter" and manifest.size_bytes < 100_000
-            report = bench.run(bench.take(Staged(adapted.model, manifest), "recompute"))
-            assert dict(report.checksums) == manifest_checksums(manifest)
-            probed = bench.run(bench.engine.probe(tokens[:2]))
-            expected = reference_logprobs(adapted.model, tokens[:1], tokens[1:2])
-            np.testing.assert_allclose(probed, expected, atol=tolerance, rtol=0)
-            request = bench.request(tokens)
-            (completion,) = bench.generate([request])
-            expected = reference_logprobs(adapted.model, tokens, completion.token_ids)
-            np.testing.assert_allclose(completion.logprobs, expected, atol=tolerance, rtol=0)
-            assert (completion.versions == bench.version).all()
-        if carrier == "shared_memory":
-            manifest = channel.publish(bench.version + 1, BackendAdapters(adapted), ("engine/0",))
-            flip_bit(manifest.segment, manifest.offsets[3] + 7)
-            with pytest.raises(EngineError, match=manifest.names[3]):
-                bench.run(bench.engine.update_weights(manifest, "continue"))
-    finally:
-        channel.close()
 
 
 @dataclass(frozen=True, slots=True)

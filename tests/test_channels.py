@@ -21,6 +21,7 @@ from tests.weight_sources import (
     FlippingHost,
     Weights,
     assert_equal,
+    flip_bit,
     host,
 )
 
@@ -92,15 +93,6 @@ def test_what_is_served_is_not_overwritten_by_what_is_received(
         channel.close()
 
 
-def flip(segment: str, at: int) -> None:
-    """Change one bit of a segment."""
-    with (SEGMENT_FOLDER / segment).open("r+b") as file:
-        file.seek(at)
-        byte = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([byte ^ 4]))
-
-
 @pytest.mark.parametrize("name", ["shared_memory", "delta", "lowrank_delta"])
 @pytest.mark.parametrize("version", [0, 1])
 def test_a_flipped_bit_in_shared_memory_names_the_tensor(
@@ -113,7 +105,7 @@ def test_a_flipped_bit_in_shared_memory_names_the_tensor(
             weights.nudge(number, 0.5)
         manifest = channel.publish(version, weights, engines.members)
         at = manifest.offsets[manifest.names.index("matrix")] + 30
-        flip(manifest.segment, at)
+        flip_bit(manifest.segment, at)
         for error in engines.attempt(manifest):
             assert isinstance(error, WeightError) and not isinstance(error, ChannelLost)
             assert "matrix" in str(error) and "half" not in str(error)

@@ -33,12 +33,12 @@ from loopwright.actors.engine import (
 )
 from loopwright.actors.shared_memory import SharedWeights
 from loopwright.actors.torch_engine import TorchEngine
+from tests.adapter_conformance import check_adapters
 from tests.engine_conformance import (
     VOCAB,
     EngineBench,
     EngineConformance,
     build_model,
-    check_adapters,
     prompts,
     reference_logprobs,
 )

@@ -28,11 +28,11 @@ from loopwright.actors.engine import (
 )
 from loopwright.actors.shared_memory import SharedWeights
 from loopwright.actors.vllm_engine import VllmEngine
+from tests.adapter_conformance import check_adapters
 from tests.engine_conformance import (
     EngineBench,
     EngineConformance,
     build_model,
-    check_adapters,
     prompts,
     reference_logprobs,
 )

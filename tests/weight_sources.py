@@ -1,5 +1,6 @@
 """Weights that change as a trainer's do, and the two ends of a channel in one process."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,6 +11,8 @@ from torch import Tensor
 from loopwright.actors.channels.channel import WeightSource
 from loopwright.actors.channels.collective import Host
 from loopwright.actors.channels.receiver import Received, Receiver
+from loopwright.actors.ranks import Ranks
+from loopwright.actors.shared_memory import SEGMENT_FOLDER
 from loopwright.actors.weights import WeightManifest
 
 TIMEOUT_S = 20.0
@@ -121,3 +124,62 @@ def assert_equal(found: Mapping[str, Tensor], source: WeightSource) -> None:
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor), name
+
+
+def flip_bit(segment: str, at: int) -> None:
+    """Damage one byte of shared memory."""
+    with (SEGMENT_FOLDER / segment).open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 0x10]))
+
+
+def nudged(model: Any) -> Any:
+    """A copy of the model with a few weights of every tensor changed."""
+    changed = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            chosen = torch.rand(parameter.shape, generator=generator) < 0.05
+            parameter.add_(chosen * 0.01)
+    return changed
+
+
+class ModelSource:
+    """A `WeightSource` of a transformers model."""
+
+    def __init__(self, model: Any) -> None:
+        self._tensors: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
+
+    def published_shapes(self) -> dict[str, torch.Tensor]:
+        """On the meta device; tied ones are the same object."""
+        meta: dict[int, torch.Tensor] = {}
+        return {
+            n: meta.setdefault(id(t), torch.empty(t.shape, dtype=t.dtype, device="meta"))
+            for n, t in self._tensors.items()
+        }
+
+    def published_buckets(self) -> Iterator[dict[str, torch.Tensor]]:
+        """All at once."""
+        yield dict(self._tensors)
+
+
+class Adapted:
+    """As much of a trainer backend as the adapter channel reads: a model with random LoRA."""
+
+    def __init__(self, model: Any, seed: int) -> None:
+        from loopwright.actors.lora import add_adapters
+
+        self.ranks = Ranks()
+        self.model = add_adapters(copy.deepcopy(model), rank=4, alpha=8.0, targets="all-linear")
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if "lora_" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+    def gather(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Parameters by name."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        return {name: parameters[name].detach() for name in names}
