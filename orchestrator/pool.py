@@ -108,6 +108,11 @@ class Pool:
         return sum(m.episodes for m in self._workers)
 
     @property
+    def episodes_limit(self) -> int:
+        """Episodes that all engines may have together; 0 where that is not limited."""
+        return sum(m.throttle.limit for m in self._engines if m.throttle is not None)
+
+    @property
     def resumed(self) -> int:
         """How often an episode went on after its engine was lost."""
         return self._seating.resumed

@@ -162,6 +162,7 @@ class Recorder:
             "queue/playing_episodes": float(pool.playing),
             "queue/running_groups": float(buffer.admitted - buffer.ready),
             "queue/ready_groups": float(buffer.ready),
+            "queue/episodes_limit": float(pool.episodes_limit),
             "fault/infra_total": float(pool.infra_faults),
             "fault/actors_lost_total": float(self._counts["event/actor_lost"]),
             "time/elapsed_s": self.elapsed_s(),
@@ -250,8 +251,12 @@ class Recorder:
                     stats.generated_tokens - before.generated_tokens
                 ) / seconds
                 metrics[f"engine/{index}/busy_frac"] = (stats.busy_s - before.busy_s) / seconds
+                cached = stats.cached_prefix_tokens - before.cached_prefix_tokens
+                prompts = cached + stats.prefill_tokens - before.prefill_tokens
+                metrics[f"engine/{index}/prefix_hit_frac"] = cached / max(prompts, 1)
             metrics[f"engine/{index}/running"] = float(stats.running)
             metrics[f"engine/{index}/waiting"] = float(stats.waiting)
+            metrics[f"engine/{index}/kv_used_frac"] = stats.kv_used_frac
             self._last_stats[index] = stats
         return metrics
 

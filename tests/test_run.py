@@ -137,23 +137,39 @@ def test_a_run_stopped_by_its_time_is_resumed_to_the_end(tmp_path: Path, policy:
     assert (found.trained, found.unused, found.twice, found.unknown) == (3 * P * K, (), (), ())
 
 
-def test_a_killed_run_takes_the_same_steps_again(tmp_path: Path, policy: str) -> None:
+@pytest.mark.parametrize(
+    "relief",
+    [
+        (),
+        ("rollout.window=2",),
+        ("rollout.cut=0.5", "rollout.cut_group=0.5"),
+        ("rollout.dynamic_sampling=true", "rollout.adaptive_concurrency=true"),
+    ],
+    ids=["none", "window", "cut", "dynamic"],
+)
+def test_a_killed_run_takes_the_same_steps_again(
+    tmp_path: Path, policy: str, relief: tuple[str, ...]
+) -> None:
     """Killed before the checkpoint of step 4 was whole: steps 3 and 4 are trained again on what is
     on record, to the same weights, and nothing is played again."""
-    _, folder = train(tmp_path, policy, "run.steps=4")
+    steps = ("run.steps=4", *relief)
+    _, folder = train(tmp_path, policy, *steps)
     before = read(folder / "ledger" / FILE)
     shutil.rmtree(folder / "checkpoints" / "step-4")
     (folder / "summary.json").unlink()
-    code, _ = train(tmp_path, policy, "run.steps=4", resume=True)
+    code, _ = train(tmp_path, policy, *steps, resume=True)
     assert code == DONE
     after = read(folder / "ledger" / FILE)
     assert after.checksums == before.checksums
-    assert after.trained == before.trained
+    assert after.trained == before.trained and after.tickets == before.tickets
+    assert after.cancelled == before.cancelled or relief
     for ticket, attempts in before.rollouts.items():
         # a group that was still being played when the run ended is played to its end
         assert {k: after.rollouts[ticket][k] for k in attempts} == attempts
     found = audit(folder / "ledger" / FILE)
     assert (found.unused, found.twice, found.unknown) == ((), (), ())
+    assert bool(found.cancelled) == ("rollout.cut=0.5" in relief)
+    assert bool(found.discarded) == ("rollout.dynamic_sampling=true" in relief)
     assert len(set(after.checksums.values())) > 2, "most steps changed nothing: a weak test"
 
 
