@@ -267,6 +267,7 @@ def test_constant_memory_rebuilds_the_context_from_state_query_and_result() -> N
         ({"relations": ["year"], "hops": [2]}, "no chain of 2 hops"),
         ({"noise": 1.5}, "must be 0 to 1"),
         ({"documents": 0}, "must be 1 to 100"),
+        ({"entities": -5}, "must be 0 to 500000"),
         ({"style": "compact", "entities": 9999}, "720 names"),
         ({"max_turns": 2, "hops": [3]}, "need 4 turns"),
         ({"memory": "small"}, "full, constant"),

@@ -49,9 +49,7 @@ class WorldProcess:
     own: the far side has one thread too, so blocking calls cost nothing, and the oracle can ask
     without an event loop."""
 
-    def __init__(
-        self, python: str, target: str, options: dict[str, Any], timeout_s: float
-    ) -> None:
+    def __init__(self, python: str, target: str, options: dict[str, Any], timeout_s: float) -> None:
         """Start it and wait for its world. Raises `RemoteError` with the far side's traceback."""
         self.where = f"{target} in {python}"
         self.sessions = 0

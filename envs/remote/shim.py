@@ -84,9 +84,7 @@ def write(connection: socket.socket, message: dict[str, Any]) -> None:
 class Sessions:
     """The worlds of this process, by session."""
 
-    def __init__(
-        self, cls: Any, options: dict[str, Any], loop: asyncio.AbstractEventLoop
-    ) -> None:
+    def __init__(self, cls: Any, options: dict[str, Any], loop: asyncio.AbstractEventLoop) -> None:
         self._make = lambda: cls(**options)
         self._loop = loop
         self._first = self._make()  # answers for all: spec and tasks; then the first session's

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from types import MappingProxyType
 from typing import Any, Literal
 from zlib import crc32
 
@@ -38,9 +39,11 @@ from loopwright.envs.search.tags import Act, Malformed, parse_turn
 NAME = "search"
 VERSION = "1"
 USUAL_TURNS = 5
+ENTITIES: Mapping[Style, int] = MappingProxyType({"compact": 600, "full": 3000})
 MAX_DOCUMENTS = 100
 MAX_OBJECTIVES = 16
 MAX_HOPS = 4
+MAX_ENTITIES = 500_000
 Memory = Literal["full", "constant"]
 Reward = Literal["f1", "em"]
 
@@ -64,7 +67,8 @@ class Search:
     """Implements `Env` and `TaskSource`. Options:
 
     `questions`: "generated", or a JSONL file (`test_questions`: another one for the held-out
-    split); `style`, `entities`, `world_seed`, `hops`, `relations`: of the generated world;
+    split); `style`, `entities` (0: as many as the style usually has), `world_seed`, `hops`,
+    `relations`: of the generated world;
     `objectives`: questions asked at once; `backend`, `backend_options`: who answers queries;
     `documents`: how many a query; `noise`: probability of a noisy answer, where training schedules
     none; `memory`: "full" keeps the transcript, "constant" rebuilds the context each turn;
@@ -77,7 +81,7 @@ class Search:
         questions: str = "generated",
         test_questions: str = "",
         style: Style = "full",
-        entities: int = 3000,
+        entities: int = 0,
         world_seed: int = 0,
         hops: Sequence[int] = (1, 2),
         relations: Sequence[str] | None = None,
@@ -90,10 +94,12 @@ class Search:
         reward: Reward = "f1",
         max_turns: int = 0,
     ) -> None:
+        if not 0 <= entities <= MAX_ENTITIES:
+            raise EnvError(f"search entities = {entities}: must be 0 to {MAX_ENTITIES}")
         _check(style, hops, relations, objectives, documents, noise, memory, reward, max_turns)
         self._generated = questions == "generated"
         self._style: Style = style
-        self._world = (style, entities, world_seed)
+        self._world = (style, entities or ENTITIES[style], world_seed)
         self._hops, self._relations = tuple(hops), relations
         self._objectives, self._documents, self._noise = objectives, documents, noise
         self._memory: Memory = memory
