@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from loopwright.algorithms.memory_model import (
     sharding,
 )
 from loopwright.configs.load import ConfigError, load
+from loopwright.configs.rules import default_at, value_at
 from loopwright.configs.schema import Config
 from loopwright.orchestrator.assembly import check_trainer, trainer_settings
 from loopwright.orchestrator.faults import Refused
@@ -142,7 +144,15 @@ class Planner:
 
 def _changes(c: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     """Settings that may save memory, mildest first, and what they cost."""
-    clean = ("trainer.optimizer_options={}",) if c.trainer.optimizer_options else ()
+    clean: tuple[str, ...] = (
+        ("trainer.optimizer_options={}",) if c.trainer.optimizer_options else ()
+    )
+    if c.trainer.optimizer == "adamw":  # whose own keys another optimizer refuses
+        clean += tuple(
+            f"{key}={json.dumps(default_at(c, key))}"
+            for key in ("trainer.betas", "trainer.eps")
+            if value_at(c, key) != default_at(c, key)
+        )
     if c.trainer.gradient_checkpointing == "off":
         yield ("trainer.gradient_checkpointing=on",), "a third more compute"
     if c.trainer.logprob_chunk > 256:
