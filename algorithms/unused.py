@@ -26,7 +26,7 @@ class Unused:
     discarded_groups: int = 0  # whole, but all rewards equal: replaced by another task's
     discarded_rollouts: int = 0
     discarded_tokens: int = 0  # chosen by the policy in those
-    replaced_out: int = 0  # groups still without variance when the attempts were spent
+    draws_spent: int = 0  # groups whose replacements had no variance either: kept as they are
     resumed_rollouts: int = 0  # trained ones that outlived an engine
     saved_tokens: int = 0  # theirs, sampled before it died: not sampled again
 

@@ -81,7 +81,7 @@ class Groups:
             discarded_groups=len({(r.task_id, r.attempt // DRAW_STRIDE) for r in discarded}),
             discarded_rollouts=len(discarded),
             discarded_tokens=sum(r.generated_tokens for r in discarded),
-            replaced_out=sum(
+            draws_spent=sum(
                 self.stream.draws > 1 and len(g.rollouts) > 1 and not varies(g.rollouts)
                 for g in groups
             ),

@@ -116,6 +116,7 @@ class Recorder:
                 "rollout/cancelled_turns_mean": unused.cancelled_turns_mean,
                 "rollout/discarded_groups": float(unused.discarded_groups),
                 "rollout/discarded_rollouts": float(unused.discarded_rollouts),
+                "rollout/draws_spent_groups": float(unused.draws_spent),
                 "rollout/resumed": float(unused.resumed_rollouts),
                 "rollout/saved_tokens": float(unused.saved_tokens),
             }

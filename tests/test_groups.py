@@ -11,6 +11,7 @@ import pytest
 
 from loopwright.actors.env_worker import Cut, EpisodeOrder
 from loopwright.algorithms.admission import Schedule
+from loopwright.algorithms.batching import build_batch
 from loopwright.algorithms.records import Context, EndReason, Group, Outcome, Rollout, encode
 from loopwright.envs.protocol import Task, TaskError, decode_task
 from loopwright.orchestrator.buffer import GroupBuffer
@@ -242,7 +243,7 @@ class TestDynamicSampling:
             assert len(tasks) == 2 and set(tasks) <= boring, "of the ticket's own three"
             unused = groups.unused([group])
             assert (unused.discarded_groups, unused.discarded_rollouts) == (1, K)
-            assert (unused.discarded_tokens, unused.replaced_out) == (3 * K, 0)
+            assert (unused.discarded_tokens, unused.draws_spent) == (3 * K, 0)
 
         run(scenario())
 
@@ -253,7 +254,7 @@ class TestDynamicSampling:
             group = await play_and_take(groups)
             assert len(stage.played) == DRAWS * K and len(group.rollouts) == K
             unused = groups.unused([group])
-            assert (unused.discarded_groups, unused.replaced_out) == (DRAWS - 1, 1)
+            assert (unused.discarded_groups, unused.draws_spent) == (DRAWS - 1, 1)
 
         run(scenario())
 
@@ -304,6 +305,37 @@ def test_unequal_groups_are_whole_groups(tmp_path: Path) -> None:
     async def scenario() -> None:
         group = await play_and_take(await Stage(tmp_path, plays).open())
         assert attempts(group) == [1, 4]
+
+    run(scenario())
+
+
+def test_groups_of_unequal_size_keep_their_own_baselines(tmp_path: Path) -> None:
+    """A cut group of 4 beside a whole one of 6: each rollout against the others of its own task,
+    and the loss divided by the 10 that are there."""
+
+    def plays(order: EpisodeOrder) -> Any:
+        first = decode_task(order.task).id == "0"
+        late = first and order.attempt in (1, 4)
+        return "late" if late else rollout(order, float(order.attempt), tokens=1 + order.attempt)
+
+    async def scenario() -> None:
+        schedule = Schedule(groups_per_step=2, max_lag=0, group_size=K, cut=0.7, cut_group=0.6)
+        groups = await Stage(tmp_path, plays, schedule).open()
+        taking = asyncio.create_task(groups.buffer.take(timeout_s=10))
+
+        async def one() -> None:
+            await groups.buffer.fulfil(await groups.play(await groups.buffer.admit()))
+
+        await asyncio.gather(one(), one())
+        batch, report = build_batch(await taking, 1)
+        assert (report.groups, report.rollouts, batch.rollout_count) == (2, 10, 10)
+        cut, whole = np.array([0, 2, 3, 5.0]), np.arange(6.0)
+        expected = [(r - (g.sum() - r) / (len(g) - 1)) for g in (cut, whole) for r in g]
+        kept = [i for i, value in enumerate(expected) if abs(value) >= 0.01]
+        assert batch.rollout_ids.tolist() == kept
+        np.testing.assert_allclose(batch.advantages, np.array(expected)[kept], rtol=1e-6)
+        tokens = [1 + int(r) for g in (cut, whole) for r in g]
+        assert batch.lengths.tolist() == [tokens[i] + 1 for i in kept]
 
     run(scenario())
 
