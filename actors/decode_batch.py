@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from loopwright.actors.engine import Completion, EngineError, FinishReason, GenerateRequest
+from loopwright.actors.journal import Journal
 from loopwright.actors.kv_slots import KeptPrefix, KVSlots, PrefixCache, shared_length
 from loopwright.actors.torch_model import Adapter, LeanModel, Segment, StepInput
 
@@ -52,6 +53,7 @@ class DecodeBatch:
         self.prefill_tokens = 0
         self.cached_prefix_tokens = 0
         self.running: dict[str, Sequence] = {}
+        self.journal = Journal()
         self._model = model
         self._kv = KVSlots(model.kv_shape, max_concurrency, max_context)
         self._kv_limit_bytes = kv_bytes
@@ -102,6 +104,7 @@ class DecodeBatch:
 
     def add(self, request: GenerateRequest, limit: int) -> int:
         """Take a request in; returns the prompt tokens that the next step has to prefill."""
+        self.journal.note("add", request.request_id)
         row = next((i for i, held in enumerate(self._rows) if held is None), len(self._rows))
         if row == len(self._rows):
             self._rows.append(None)
@@ -125,7 +128,10 @@ class DecodeBatch:
     def cancel(self, request_id: str) -> Ended | None:
         """Take a sequence out with the tokens it has."""
         sequence = self.running.get(request_id)
-        return None if sequence is None else self._end(sequence, FinishReason.CANCELLED)
+        if sequence is None:
+            return None
+        self.journal.note("cancel", request_id)
+        return self._end(sequence, FinishReason.CANCELLED)
 
     def install(
         self,
@@ -138,6 +144,7 @@ class DecodeBatch:
         """Serve from other weights. Running sequences keep their KV, which nobody else ever sees;
         with `recompute` the next step computes it anew from their tokens."""
         self._model.install(weights, adapter)
+        self.journal.note("adapter" if adapter else "install", version, recompute=recompute)
         self.version = version
         self._prefixes.clear()
         self._leaders.clear()
@@ -148,6 +155,7 @@ class DecodeBatch:
         """Give back all memory of keys and values. Nothing may step before the next `install` with
         `recompute`."""
         kv = self._kv
+        self.journal.note("release", 0)
         self._kv = KVSlots(kv.shape, kv.slots, kv.max_context)
         self._prefixes.clear()
         self._leaders.clear()
@@ -170,6 +178,7 @@ class DecodeBatch:
         rows = len(self._rows)
         if rows == 0:
             return []
+        self.journal.step()
         logits = self._model.forward(self._step_input(rows), self._kv)
         tokens, logprobs = sample(
             logits,

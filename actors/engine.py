@@ -67,6 +67,9 @@ class UpdateReport:
     checksums: Mapping[str, int]  # tensor name -> xxh3_64 of the bytes the engine serves from
     pause_s: float  # how long generation stood still
     seconds: float  # the whole update
+    # what the engine did under the former weights, so that it can be done again; empty where an
+    # engine does not say
+    journal: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

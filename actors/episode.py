@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # the controller reads the limits and error types only, witho
 T = TypeVar("T")
 Generate = Callable[[GenerateRequest], Awaitable[Completion]]
 Another = Callable[[str], Awaitable[Generate]]  # of (why the present engine is no good)
+FIRST_REQUEST = "0.1"  # how the name of an episode's first request ends: turn 0, request 1
 PIECE_TOKENS = 512  # of one request: what a dying engine can take with it, at most
 _ABORTED_PAUSE_S = 0.05
 

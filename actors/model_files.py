@@ -1,6 +1,7 @@
 """A model folder on disk: loading it to train, and what lies beside its weights."""
 
 import shutil
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json", ".pth", ".gguf")
+
+
+# transformers changes global state while it loads: threads of one process take turns
+LOADING = threading.Lock()
 
 
 class ModelError(Exception):
@@ -35,11 +40,12 @@ def load_model(model_path: str, *, dtype: str, device: str) -> PreTrainedModel:
             "a hub id"
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder) if looks_local else model_path,
-            dtype=torch.float32,
-            attn_implementation="sdpa",
-        )
+        with LOADING:
+            model = AutoModelForCausalLM.from_pretrained(
+                str(folder) if looks_local else model_path,
+                dtype=torch.float32,
+                attn_implementation="sdpa",
+            )
     except (OSError, ValueError) as error:
         raise ModelError(f"model path {model_path!r} cannot be loaded: {error}") from error
     return model.to(device).eval()

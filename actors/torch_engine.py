@@ -125,6 +125,7 @@ class TorchEngine:
             checksums=received.checksums,
             pause_s=pause_s,
             seconds=time.perf_counter() - began,
+            journal=self._running_thread().batch.journal.take(),
         )
 
     async def sleep(self) -> None:

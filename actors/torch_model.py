@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from loopwright.actors.engine import EngineError
 from loopwright.actors.kv_slots import KVShape, KVSlots
+from loopwright.actors.model_files import LOADING
 
 SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _FIXED_ROPE = (
@@ -319,7 +320,8 @@ def load_model(model_path: str, *, dtype: str, device: str, max_context: int) ->
     for name in config.architectures or []:
         _check_supported(name, config, max_context)
     try:
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch_dtype)
+        with LOADING:
+            model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch_dtype)
     except (OSError, ValueError) as error:
         raise EngineError(f"model_path {model_path!r} cannot be loaded: {error}") from error
     return LeanModel(model, max_context=max_context, device=device)

@@ -23,6 +23,7 @@ from loopwright.orchestrator.faults import Refused, RestartBudget
 from loopwright.orchestrator.pool import Deadlines, FaultLimits, Pool
 from loopwright.orchestrator.recorder import Recorder
 from loopwright.orchestrator.samplers import Draws
+from loopwright.orchestrator.sampling_record import SamplingRecord
 from loopwright.orchestrator.tasks import DRAWS, Played
 from loopwright.orchestrator.training import Training
 
@@ -118,9 +119,15 @@ def draws(config: Config, env: Env, played: Mapping[int, Played]) -> Draws:
     )
 
 
-def spawn(cluster: Cluster, config: Config, model_path: str, recorder: Recorder) -> Actors:
+def spawn(
+    cluster: Cluster,
+    config: Config,
+    model_path: str,
+    recorder: Recorder,
+    sampling: SamplingRecord | None = None,
+) -> Actors:
     """Start trainer, rollout actors and environment workers side by side; none of them has answered
-    yet."""
+    yet. `sampling` takes down what they sample, for a replay."""
     restarts = RestartBudget(config.run.max_restarts)
     plan = placement.plan(config, cluster.resources)
     recorder.event("placement", channel=plan.channel, carrier=plan.carrier, why=str(plan))
@@ -185,6 +192,7 @@ def spawn(cluster: Cluster, config: Config, model_path: str, recorder: Recorder)
         most_episodes=2 * config.rollout.concurrency if config.rollout.adaptive_concurrency else 0,
         event=recorder.event,
         resend=training.resend,
+        sampling=sampling,
     )
     return Actors(pool=pool, training=training, plan=plan)
 
@@ -193,22 +201,11 @@ def _spawn_engine(
     cluster: Cluster, config: Config, model_path: str, plan: placement.Plan, index: int
 ) -> Actor:
     r, share = config.rollout, placement.shares(config, plan)
-    settings = EngineSettings(
-        model_path=model_path,
-        dtype=config.model.dtype,
-        device=config.model.device,
-        max_concurrency=r.concurrency,
-        max_context=config.environment.max_context,
-        kv_bytes=r.kv_bytes,
-        threads=r.threads,
-        lora_rank=config.model.lora_rank if plan.channel == "adapter" else 0,
-        options=r.options,
-    )
     on_cpu = r.engine == "vllm" and config.model.device == "cpu"
     return cluster.spawn(
         f"rollout {index}",
         "loopwright.actors.rollout:RolloutActor",
-        (r.engine, settings),
+        (r.engine, engine_settings(config, model_path, adapter=plan.channel == "adapter")),
         Placement(
             cpus=r.threads * share,
             gpus=_gpus(config) * share,
@@ -216,6 +213,23 @@ def _spawn_engine(
             shares_memory=plan.carrier != "collective",
             environment=VLLM_CPU_ENVIRONMENT if on_cpu else {},
         ),
+    )
+
+
+def engine_settings(config: Config, model_path: str, *, adapter: bool = False) -> EngineSettings:
+    """An engine's plain values, from the tables [model] and [rollout]; `adapter`: it is sent
+    adapters, not weights."""
+    r = config.rollout
+    return EngineSettings(
+        model_path=model_path,
+        dtype=config.model.dtype,
+        device=config.model.device,
+        max_concurrency=r.concurrency,
+        max_context=config.environment.max_context,
+        kv_bytes=r.kv_bytes,
+        threads=r.threads,
+        lora_rank=config.model.lora_rank if adapter else 0,
+        options=r.options,
     )
 
 

@@ -196,7 +196,7 @@ class Ledger:
 
     def _write(self, record: dict[str, Any]) -> None:
         """A whole frame, or nothing of it."""
-        rest = memoryview(_frame(msgpack.packb(record)))
+        rest = memoryview(frame(msgpack.packb(record)))
         whole = os.fstat(self._file.fileno()).st_size
         try:
             while rest:
@@ -213,7 +213,8 @@ class Ledger:
             raise LedgerError(_no_room(self.path, error)) from error
 
 
-def _frame(payload: bytes) -> bytes:
+def frame(payload: bytes) -> bytes:
+    """The payload between its header and its end, as `read_frames` wants it."""
     body = _HEADER_BODY.pack(len(payload), zlib.crc32(payload))
     return _HEADER.pack(len(payload), zlib.crc32(payload), zlib.crc32(body)) + payload
 

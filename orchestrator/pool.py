@@ -29,6 +29,7 @@ from loopwright.orchestrator.faults import (
     RunError,
 )
 from loopwright.orchestrator.members import Member, Seats, Throttle
+from loopwright.orchestrator.sampling_record import Episode, SamplingRecord
 from loopwright.orchestrator.seating import Seating
 
 T = TypeVar("T")
@@ -74,10 +75,12 @@ class Pool:
         event: Event,
         resend: Resend | None = None,
         most_episodes: int = 0,
+        sampling: SamplingRecord | None = None,
     ) -> None:
         """`resend` asks the trainer for the last publish once more, for engines that missed it;
         None where every manifest can be taken later too. `most_episodes` of an engine, where that
-        adapts to its KV cache; 0: as many as come."""
+        adapts to its KV cache; 0: as many as come. `sampling` takes down what a replay needs."""
+        self._sampling = sampling
         self._engines = [
             Member(actor, Throttle(most_episodes) if most_episodes else None) for actor in engines
         ]
@@ -174,6 +177,10 @@ class Pool:
         """One finished rollout and its encoding. Episodes cut off by a lost worker are played again
         without limit but `max_restarts`; those whose environment failed, `retries` times, then the
         fault itself is returned. Raises `EpisodeTakenBack` once `take_back` is set."""
+        if self._sampling is not None:
+            self._sampling.episode(
+                Episode(task=task, ticket=priority, attempt=attempt, seed=seed, limits=limits)
+            )
         self._orders += 1
         order = EpisodeOrder(
             key=f"{self._orders}",
@@ -227,6 +234,8 @@ class Pool:
         for task in self._recovering.values():
             task.cancel()
         await asyncio.gather(*self._recovering.values(), return_exceptions=True)
+        if self._sampling is not None:
+            self._sampling.close()
         if self._broken.done() and not self._broken.cancelled():
             self._broken.exception()  # seen: it was raised elsewhere, or the run is over anyway
 
@@ -396,6 +405,8 @@ class Pool:
                 f"{member.actor.name} holds version {report.version}, published "
                 f"{manifest.version}; tensors that differ: {', '.join(wrong[:5]) or 'none'}"
             )
+        if self._sampling is not None:
+            self._sampling.engine(member.actor.name, report.journal)
         member.ready.set()
         self._engine_seats.changed()
         return report

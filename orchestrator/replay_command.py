@@ -13,6 +13,8 @@ code 1 where they differ.
   loopwright replay runs/quickstart --step 12              one step, from the checkpoint before it:
                                                            task, versions, reward, advantage, weight
   loopwright replay runs/quickstart --step 12 --rollout 355/2    attempt 2 of ticket 355 by tokens
+  loopwright replay runs/quickstart --generation           sample it again too: every token,
+                                                           as the recorded schedule had it
 
 Runs in this process, writes nothing to the run's folder, and needs as long as the training did
 (one step: as the steps since the checkpoint). Bit-equal where the arithmetic is: the same machine
@@ -29,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TICKET/ATTEMPT",
         help="with --step: one of its rollouts, token by token",
     )
+    parser.add_argument(
+        "--generation",
+        action="store_true",
+        help="sample the rollouts again as well (torch engine, a run that nothing interrupted)",
+    )
     parser.add_argument("--json", action="store_true", help="machine-readable, all figures")
 
 
@@ -36,9 +43,11 @@ def execute(arguments: argparse.Namespace) -> int:
     """Run the command; its exit code."""
     if arguments.rollout and not arguments.step:
         raise RunError("--rollout goes with --step N, the step that trained it")
+    if arguments.generation and arguments.step:
+        raise RunError("--generation replays the whole schedule: it cannot begin at --step")
     if arguments.step:
         return _one_step(arguments)
-    return _all_steps(arguments)
+    return _generation(arguments) if arguments.generation else _all_steps(arguments)
 
 
 def _one_step(arguments: argparse.Namespace) -> int:
@@ -65,6 +74,16 @@ def _all_steps(arguments: argparse.Namespace) -> int:
                 f"step {step.step}: recorded {step.recorded:08x}, now {step.now:08x}: {verdict}",
                 flush=True,
             )
+    return 1 if different else 0
+
+
+def _generation(arguments: argparse.Namespace) -> int:
+    from loopwright.orchestrator.replay_generation import replay_generation
+
+    different = 0
+    for found in replay_generation(arguments.run):
+        different += not found.equal
+        print(json.dumps(found.row()) if arguments.json else found.text(), flush=True)
     return 1 if different else 0
 
 

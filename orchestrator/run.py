@@ -28,6 +28,7 @@ from loopwright.orchestrator.parts import Parts, checkpoints, read_run_state
 from loopwright.orchestrator.picture import draw
 from loopwright.orchestrator.recorder import Recorder, write_json
 from loopwright.orchestrator.resume import refuse_changes
+from loopwright.orchestrator.sampling_record import SamplingRecord
 from loopwright.orchestrator.tasks import TaskStream
 from loopwright.orchestrator.trackers import Trackers, open_trackers
 
@@ -221,7 +222,8 @@ def _parts(
     plan: warm_start.Plan,
     checkpoint: tuple[int, Path] | None,
 ) -> Parts:
-    actors = assembly.spawn(cluster, config, plan.base, recorder)
+    sampling = SamplingRecord(folder / "ledger")
+    actors = assembly.spawn(cluster, config, plan.base, recorder, sampling)
     r, run_ = config.rollout, config.run
     version = checkpoint[0] if checkpoint else 0
     schedule = assembly.schedule(config)
