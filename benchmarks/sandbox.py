@@ -91,16 +91,26 @@ async def in_process() -> None:
     exec(compile(CELL.replace("print", "str"), "<cell>", "exec"), {})
 
 
-def monty() -> Callable[[], Awaitable[None]] | None:
-    """A cell in pydantic-monty, an interpreter in Rust, or None if it is not installed."""
+async def monty_figures(cells: int, sessions: int) -> dict[str, float]:
+    """Session and cell of pydantic-monty, an interpreter in Rust (its own worker processes); empty
+    if it is not installed."""
     if importlib.util.find_spec("pydantic_monty") is None:
-        return None
+        return {}
     module = importlib.import_module("pydantic_monty")
+    with module.Monty() as pool:
 
-    async def run() -> None:
-        module.Monty(CELL).run(print_callback=lambda *_: None)
+        async def session() -> None:
+            with pool.checkout() as opened:
+                opened.feed_run("1")
 
-    return run
+        opened_us = await timed(sessions, session)
+        with pool.checkout() as kept:
+
+            async def cell() -> None:
+                kept.feed_run(CELL.replace("print(total)", "total"))
+
+            cell_us = await timed(cells, cell)
+    return {"monty session and first cell us": opened_us, "monty cell us": cell_us}
 
 
 async def main() -> None:
@@ -112,8 +122,7 @@ async def main() -> None:
     figures = await zygote_figures(chosen.cells, chosen.sessions)
     figures["bare subprocess cell us"] = await timed(max(5, chosen.cells // 20), bare_subprocess)
     figures["in-process exec cell us"] = await timed(chosen.cells, in_process)
-    if (run := monty()) is not None:
-        figures["monty cell us"] = await timed(chosen.cells, run)
+    figures |= await monty_figures(chosen.cells, chosen.sessions)
     ratio = figures["bare subprocess cell us"] / figures["zygote cell us"]
     figures["bare subprocess / zygote cell"] = ratio
     usage = resource.getrusage(resource.RUSAGE_SELF)
