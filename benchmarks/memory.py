@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROWS = {"10M": 4, "50M": 4, "140M": 2}
+ROWS = {"10M": 4, "50M": 2, "140M": 1}
 COLUMNS, CHUNK = 128, 64
 SHAPES: Mapping[str, dict[str, int]] = {
     "10M": {"vocab": 16_000, "hidden": 256, "inner": 768, "layers": 6},
