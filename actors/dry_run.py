@@ -2,7 +2,8 @@
 
 Two passes over rows of the longest context, the second onto the gradient of the first, as in a
 minibatch of several micro-batches. Nothing is updated: weights, optimizer and random numbers stay
-as they are, and the gradient is forgotten. The loss is not the policy's but the mean logprob: its
+as they are, and the gradient is forgotten. With an optimizer that needs no gradient there is no
+backward pass. The loss is not the policy's but the mean logprob: its
 gradient takes the same memory.
 """
 
@@ -20,6 +21,7 @@ from loopwright.actors.memory_meter import MemoryMeter, local
 from loopwright.actors.out_of_memory import explain, is_out_of_memory
 from loopwright.actors.packed_forward import MicroBatch, Sequences, micro_batches
 from loopwright.actors.trainer_backend import TrainerBackend, TrainerSettings
+from loopwright.algorithms import optimizers
 from loopwright.algorithms.memory_model import MemoryTable, size_text
 
 
@@ -134,11 +136,14 @@ def _over_ranks(
 
 
 def _twice(backend: TrainerBackend, micro: MicroBatch, meter: MemoryMeter) -> None:
+    with_gradient = not optimizers.method(backend.settings.optimizer).forward_only
     with meter, meter.gradients_of(backend.model.parameters()):
         for _ in range(2):
-            loss = backend.forward(micro, temperature=backend.settings.temperature).mean()
-            with meter.phase("backward"):
-                backend.backward(loss)
+            with torch.set_grad_enabled(with_gradient):
+                loss = backend.forward(micro, temperature=backend.settings.temperature).mean()
+            if with_gradient:
+                with meter.phase("backward"):
+                    backend.backward(loss)
             del loss
 
 

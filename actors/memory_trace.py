@@ -54,6 +54,7 @@ class Work:
     chunk: int = 2048  # tokens whose logits exist together
     checkpointing: Checkpointing = "off"
     adapters: Adapters = Adapters()
+    backward: bool = True  # False: the optimizer needs a loss and no gradient
 
     @property
     def tokens(self) -> int:
@@ -100,8 +101,8 @@ def parameters(config: Any, adapters: Adapters) -> Parameters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traced:
-    """What the second micro-batch of a minibatch needs, when gradients exist already; no optimizer
-    in it."""
+    """What the second micro-batch of a minibatch needs, when gradients (if there are any) exist
+    already; no optimizer in it."""
 
     peak: MemoryTable  # at the moment when the sum is largest
     largest: MemoryTable  # of each class by itself
@@ -142,11 +143,12 @@ def trace_whole(config: Any, work: Work) -> Traced:
 
 
 def _pass(model: PreTrainedModel, micro: MicroBatch, work: Work, meter: MemoryMeter) -> None:
-    with _gone() if work.checkpointing == "offload" else nullcontext():
-        logprobs = action_logprobs(model, micro, temperature=1.0, chunk=work.chunk)
-    loss = logprobs.sum()
-    with meter.phase("backward"):
-        loss.backward()
+    hidden = _gone() if work.checkpointing == "offload" else nullcontext()
+    with torch.set_grad_enabled(work.backward), hidden:
+        loss = action_logprobs(model, micro, temperature=1.0, chunk=work.chunk).sum()
+    if work.backward:
+        with meter.phase("backward"):
+            loss.backward()
 
 
 def _build(config: Any, work: Work) -> PreTrainedModel:

@@ -215,6 +215,7 @@ def _shape(name: str, config: Config) -> _Shape:
 
 def _work(c: Config) -> Work:
     from loopwright.actors.memory_trace import Adapters, Work
+    from loopwright.algorithms import optimizers
 
     rows = max(1, c.trainer.token_budget // c.environment.max_context)
     return Work(
@@ -223,6 +224,7 @@ def _work(c: Config) -> Work:
         columns=c.environment.max_context,
         chunk=c.trainer.logprob_chunk,
         checkpointing=c.trainer.gradient_checkpointing,
+        backward=not optimizers.method(c.trainer.optimizer).forward_only,
         adapters=Adapters(
             rank=c.model.lora_rank, alpha=c.model.lora_alpha, targets=c.model.lora_targets
         ),

@@ -133,6 +133,14 @@ def test_each_knob_makes_its_class_smaller(policies: dict[str, str]) -> None:
     assert _measured(_settings(policies["medium"], "sgd")).largest.optimizer == 0
 
 
+def test_an_optimizer_without_gradients_has_none(policies: dict[str, str]) -> None:
+    settings = _settings(policies["medium"], optimizer="adamw")
+    plain = _measured(settings).largest
+    found = _measured(dataclasses.replace(settings, optimizer="mezo")).largest
+    assert found.gradients == 0
+    assert found.activations < 0.3 * plain.activations
+
+
 def test_a_budget_below_the_longest_context_is_one_row(policies: dict[str, str]) -> None:
     found = _measured(_settings(policies["small"], token_budget=LONGEST // 2))
     assert (found.rows, found.columns) == (1, LONGEST)

@@ -85,6 +85,14 @@ def test_a_frozen_copy_for_the_kl_penalty_is_weights_too(
     assert adapted["prediction"]["reference_bytes"] == 0
 
 
+def test_forward_only_training_keeps_nothing_for_a_backward_pass(
+    config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = _report(capsys, config)["prediction"]["largest"]
+    found = _report(capsys, config, "--set", "trainer.optimizer=mezo")["prediction"]["largest"]
+    assert found["gradients"] == 0 and found["activations"] < 0.3 * plain["activations"]
+
+
 # Published figures, with the rules they were published for: all states of one kind.
 LLAMA = {
     "adamw": (26.95, {"optimizer": "adamw", "state": "bf16", "write_back": "stochastic"}),
