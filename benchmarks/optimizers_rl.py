@@ -4,10 +4,11 @@
         [--model FOLDER] [--out FILE.json] [--only adamw,sgd] [--budget-s 3600]
 
 All runs begin from one cloned policy of the quickstart (made first, where `--model` does not name
-one), in one process, with the embedded engine. Each entry is tried at a small grid of learning
-rates with seed 0; the best rate is then run with seeds 1 to 3, which alone make the table: success
-on held-out tasks at the end. Beside it stand the bytes of optimizer state, the peak memory of a
-training step by the tensors it holds, and the CPU time of one optimizer step on this model.
+one), in one process, with the embedded engine. Learning rates come from small grids with seed 0;
+methods whose steps are of equal size share one. The best rate is then run with seeds 1 to 3, which
+alone make the table: success on held-out tasks at the end. Beside it stand the bytes of optimizer
+state, the peak memory of a training step by the tensors it holds, and the CPU time of one optimizer
+step on this model.
 
 The JSON is written after every run, and what it holds is not run again; beside it come a table
 (`.md`) and a picture (`.png`).
@@ -51,7 +52,7 @@ COMMON = (
     "trainer.schedule=constant",
     "trainer.warmup_steps=2",
     "trainer.weight_decay=0.0",
-    "evaluation.tasks=192",
+    "evaluation.tasks=128",
 )
 
 
@@ -61,7 +62,8 @@ class Entry:
 
     label: str
     method: str
-    rates: tuple[float, ...]
+    rates: tuple[float, ...] = ()  # the grid
+    like: str = ""  # takes the best rate of this entry instead: their steps are of equal size
     options: str = ""  # of the optimizer, as TOML without braces
     overrides: tuple[str, ...] = ()
 
@@ -75,80 +77,60 @@ class Entry:
         return (*COMMON, *chosen, *self.overrides)
 
 
-ADAM = (2e-4, 4e-4, 8e-4)
 LOW_RANK = 'betas = [0.9, 0.95], rank = 32, gap = 20, embeddings = "same"'
+BETAS = "betas = [0.9, 0.95]"
 LORA = ("model.lora_rank=16",)
 ENTRIES = (
-    Entry(label="adamw", method="adamw", rates=ADAM),
-    Entry(label="adamw 8-bit", method="adamw", rates=(4e-4,), options='state = "int8"'),
+    Entry(label="adamw", method="adamw", rates=(2e-4, 4e-4, 8e-4)),
     Entry(label="sgd", method="sgd", rates=(0.1, 0.3, 1.0)),
-    Entry(label="signsgd", method="signsgd", rates=(5e-5, 1.5e-4)),
     Entry(label="lora", method="adamw", rates=(1e-3, 3e-3), overrides=LORA),
-    Entry(
-        label="low-rank restarts",
-        method="low_rank_restarts",
-        rates=(1e-3, 3e-3),
-        options="betas = [0.9, 0.95], reset_every = 40",
-        overrides=LORA,
-    ),
     Entry(label="galore", method="galore", rates=(1e-3, 3e-3), options=LOW_RANK),
+    Entry(label="signsgd", method="signsgd", rates=(5e-5, 1.5e-4)),
+    Entry(label="s2ft", method="s2ft", rates=(1e-3, 3e-3), options=f"{BETAS}, density = 0.1"),
+    Entry(label="adamw 8-bit", method="adamw", like="adamw", options='state = "int8"'),
     Entry(
-        label="galore 8-bit",
-        method="galore",
-        rates=(3e-3,),
-        options=f'{LOW_RANK}, state = "int8"',
+        label="galore 8-bit", method="galore", like="galore", options=f'{LOW_RANK}, state = "int8"'
     ),
-    Entry(label="natural galore", method="natural_galore", rates=(1e-3, 3e-3), options=LOW_RANK),
-    Entry(label="gradnormlorp", method="gradnormlorp", rates=(1e-3, 3e-3), options=LOW_RANK),
+    Entry(label="natural galore", method="natural_galore", like="galore", options=LOW_RANK),
+    Entry(label="gradnormlorp", method="gradnormlorp", like="galore", options=LOW_RANK),
     Entry(
         label="owlore",
         method="owlore",
-        rates=(4e-4, 1e-3),
+        like="adamw",
         options=f"{LOW_RANK}, layers = 1, switch_every = 20",
     ),
     Entry(
         label="spam",
         method="spam",
-        rates=(4e-4, 8e-4),
-        options="betas = [0.9, 0.95], reset_every = 60, warmup = 15",
+        like="adamw",
+        options=f"{BETAS}, reset_every = 40, warmup = 10",
     ),
     Entry(
-        label="spam d=.25",
-        method="spam",
-        rates=(4e-4, 8e-4),
-        options="betas = [0.9, 0.95], reset_every = 60, warmup = 15, density = 0.25",
+        label="low-rank restarts",
+        method="low_rank_restarts",
+        like="lora",
+        options=f"{BETAS}, reset_every = 30",
+        overrides=LORA,
     ),
-    Entry(label="s2ft", method="s2ft", rates=(1e-3, 3e-3), options="density = 0.1"),
-    Entry(label="apollo", method="apollo", rates=(4e-4, 1e-3), options=LOW_RANK),
-    Entry(
-        label="apollo-mini",
-        method="apollo_mini",
-        rates=(4e-4, 1e-3),
-        options='betas = [0.9, 0.95], gap = 20, scale = 1.0, embeddings = "same"',
-    ),
-    Entry(label="fira", method="fira", rates=(4e-4, 1e-3), options=LOW_RANK),
-    Entry(
-        label="ldadam",
-        method="ldadam",
-        rates=(4e-4, 1e-3),
-        options='rank = 32, embeddings = "same"',
-    ),
+    Entry(label="mezo", method="mezo", rates=(1e-4, 1e-3), options="eps = 1e-3"),
+    Entry(label="sparse mezo", method="sparse_mezo", like="mezo", options="eps = 1e-3"),
+    Entry(label="apollo", method="apollo", like="adamw", options=LOW_RANK),
+    Entry(label="fira", method="fira", like="adamw", options=LOW_RANK),
+    Entry(label="ldadam", method="ldadam", like="adamw", options='rank = 32, embeddings = "same"'),
     Entry(
         label="lisa",
         method="lisa",
-        rates=(4e-4, 8e-4),
-        options='betas = [0.9, 0.95], layers = 1, switch_every = 20, embeddings = "same"',
+        like="adamw",
+        options=f'{BETAS}, layers = 1, switch_every = 20, embeddings = "same"',
     ),
+    Entry(label="badam", method="badam", like="adamw", options=f"{BETAS}, switch_every = 20"),
     Entry(
-        label="badam",
-        method="badam",
-        rates=(4e-4, 8e-4),
-        options="betas = [0.9, 0.95], switch_every = 20",
+        label="spam d=.25",
+        method="spam",
+        like="adamw",
+        options=f"{BETAS}, reset_every = 40, warmup = 10, density = 0.25",
     ),
-    Entry(label="lion", method="lion", rates=(5e-5, 1.5e-4)),
-    Entry(label="muon", method="muon", rates=(1e-3, 3e-3), options='embeddings = "same"'),
-    Entry(label="mezo", method="mezo", rates=(1e-4, 1e-3), options="eps = 1e-3"),
-    Entry(label="sparse mezo", method="sparse_mezo", rates=(1e-4, 1e-3), options="eps = 1e-3"),
+    Entry(label="frugal", method="frugal", like="adamw", options=f"{LOW_RANK}, scale = 0.1"),
 )
 
 
@@ -190,11 +172,11 @@ def _plan(
     """(entry, rate, seed) still to be run: all grids first, then the seeds of the best rates."""
     entries = _chosen(arguments)
     for entry in entries:
-        if len(entry.rates) > 1:
+        if entry.rates:
             for rate in entry.rates:
                 if _key(entry, rate, 0) not in results.get("runs", {}):
                     yield entry, rate, 0
-    for seed in SEEDS:
+    for seed in () if arguments.grid_only else SEEDS:
         for entry in entries:
             rate = _best_rate(results, entry)
             if _key(entry, rate, seed) not in results.get("runs", {}):
@@ -202,6 +184,9 @@ def _plan(
 
 
 def _best_rate(results: dict[str, Any], entry: Entry) -> float:
+    if entry.like:
+        return _best_rate(results, next(e for e in ENTRIES if e.label == entry.like))
+
     def score(rate: float) -> float:
         row = results.get("runs", {}).get(_key(entry, rate, 0), {})
         return float(row.get("success") or 0.0)
@@ -255,7 +240,7 @@ def _run(
 
 def _probe(entry: Entry, model: str, arguments: argparse.Namespace) -> dict[str, float]:
     """Bytes and times of one trainer, without rollouts."""
-    loaded = _loaded(entry, entry.rates[0], 0, model, arguments, "unused")
+    loaded = _loaded(entry, 1e-3, 0, model, arguments, "unused")
     backend = TorchBackend(assembly.trainer_settings(loaded.config, model))
     batch = _batch(backend.model.config.vocab_size)
     backend.train(batch)  # makes whatever states are made late
@@ -412,9 +397,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--model", default="", help="cloned policy; made where not given")
     parser.add_argument("--out", type=Path, default=Path("optimizers_rl.json"))
     parser.add_argument("--only", default="", help="labels of entries, separated by commas")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--groups", type=int, default=16, help="groups of 8 rollouts a step")
     parser.add_argument("--minibatches", type=int, default=8)
+    parser.add_argument("--grid-only", action="store_true", help="no seeds, only rates")
     parser.add_argument("--budget-s", type=float, default=1e9, help="CPU seconds of this call")
     return parser.parse_args()
 
