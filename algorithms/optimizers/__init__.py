@@ -15,10 +15,12 @@ from loopwright.algorithms.optimizers.layer_sampling import outlier_scores
 from loopwright.algorithms.optimizers.methods import METHODS, Method
 from loopwright.algorithms.optimizers.options import OptimizerError, Options
 from loopwright.algorithms.optimizers.pipeline import Pipeline
+from loopwright.algorithms.optimizers.streaming import GradientStream
 from loopwright.algorithms.optimizers.zeroth_order import ZerothOrder
 
 __all__ = [
     "METHODS",
+    "GradientStream",
     "Method",
     "OptimizerError",
     "Options",
