@@ -23,7 +23,7 @@ _CONSONANTS, _VOWELS = "bdfghklmnprstvz", "aeiou"
 _SYLLABLES = [c + v for c in _CONSONANTS for v in _VOWELS]  # 75
 _WORDS = len(_SYLLABLES) ** 3
 _SPREAD = 99_991  # prime to every number of names below: neighbours get unlike names
-_KIND_WORDS = 50_000  # words apart: no two kinds share one
+_KIND_WORDS = 50_000  # words apart: no two kinds share one, unless a kind has more things
 _FIRST_NAMES = 300
 _LAST_NAMES = 5625  # two syllables
 # fmt: off
