@@ -1,6 +1,6 @@
 """From a configuration to living actors: one table says which process gets what."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -103,7 +103,7 @@ def draws_of_a_ticket(config: Config) -> int:
     return DRAWS if config.rollout.dynamic_sampling else 1
 
 
-def draws(config: Config, env: Env, played: Mapping[int, Played]) -> Draws:
+def draws(config: Config, env: Env, played: Mapping[int, Sequence[Played]]) -> Draws:
     """Who decides on training tasks. Raises `Refused` for options that no sampler takes."""
     e, r = config.environment, config.rollout
     return Draws(

@@ -88,7 +88,7 @@ from loopwright.envs.conformance import check
 def test_conforms() -> None:
     assert asyncio.run(check($title)) == []
 ''')
-_PROJECT = Template('''[build-system]
+_PROJECT = Template("""[build-system]
 requires = ["setuptools>=77"]
 build-backend = "setuptools.build_meta"
 
@@ -108,8 +108,8 @@ packages = ["$package"]
 [tool.pytest.ini_options]
 testpaths = ["tests"]
 pythonpath = ["."]
-''')
-_CONFIG = Template('''\
+""")
+_CONFIG = Template("""\
 # A tiny policy learns $name on a laptop. From this folder: loopwright train train.toml
 [run]
 name = "$name"
@@ -138,8 +138,8 @@ tasks = 64
 
 [trainer]
 lr = 2e-4
-''')
-_README = Template('''# $title
+""")
+_README = Template("""# $title
 
     loopwright envs play $package:$title --oracle     # watch the oracle
     loopwright envs play $package:$title              # or play it yourself
@@ -148,7 +148,7 @@ _README = Template('''# $title
     python -m pytest                                  # the same rules as a test
 
 All from this folder. After `pip install -e .` it loads as `$name`, from anywhere.
-''')
+""")
 
 
 def create(name: str, parent: Path) -> Path:

@@ -44,7 +44,9 @@ class Groups:
         played again."""
         state = self.ledger.state
         draws = self.stream.draws
-        for draw in range(self._draws_made(ticket), draws):
+        made = self._draws_made(ticket)
+        played = [self._played(ticket, draw) for draw in range(made)]
+        for draw in range(made, draws):
             task = self.stream.of(ticket, draw)
             attempts = [draw * DRAW_STRIDE + k for k in range(self.group_size)]
             if ticket in state.groups:
@@ -56,10 +58,12 @@ class Groups:
             if void or draw == draws - 1 or varies(rollouts) or self.buffer.is_cut(ticket):
                 break
             self.ledger.discarded(ticket, [r.attempt for r in rollouts], "all rewards are equal")
+            played.append(self._played(ticket, draw))
             await self.buffer.redrawn(ticket)
         group = _group(ticket, task, rollouts, void)
         passed = tuple(r.success for r in group.rollouts)
-        self.ledger.group(ticket, encode_task(task), void, Played(task_id=task.id, passed=passed))
+        played.append(Played(task_id=task.id, passed=passed))
+        self.ledger.group(ticket, encode_task(task), void, played)
         if void:
             kind = "task_quarantined" if broken else "group_void"
             self.recorder.event(kind, task=task.id, why=void)
@@ -88,6 +92,14 @@ class Groups:
             resumed_rollouts=sum(r.saved_tokens > 0 for r in rollouts),
             saved_tokens=sum(r.saved_tokens for r in rollouts),
         )
+
+    def _played(self, ticket: int, draw: int) -> Played:
+        """How a group went that was replaced, from what is on record."""
+        known = self.ledger.state.rollouts[ticket]
+        attempts = range(draw * DRAW_STRIDE, draw * DRAW_STRIDE + self.group_size)
+        found = [decode(known[k]) for k in attempts if k in known]
+        passed = tuple(r.success for r in found if r.outcome is not Outcome.INFRA_FAULT)
+        return Played(task_id=self.stream.of(ticket, draw).id, passed=passed)
 
     def _draws_made(self, ticket: int) -> int:
         """How many tasks of the ticket were played and replaced before a crash."""

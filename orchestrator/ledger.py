@@ -49,7 +49,8 @@ class LedgerState:
     tickets: dict[int, tuple[int, ...]] = field(default_factory=dict)  # step -> all that it took
     groups: set[int] = field(default_factory=set)  # tickets whose group is finished
     voids: dict[int, str] = field(default_factory=dict)  # ticket -> why no group came of it
-    played: dict[int, Played] = field(default_factory=dict)  # ticket -> how its group went
+    # ticket -> how its group went, after those that it replaced
+    played: dict[int, tuple[Played, ...]] = field(default_factory=dict)
     # ticket -> attempts taken back while they were played, never scored
     cancelled: dict[int, dict[int, Cancelled]] = field(default_factory=lambda: defaultdict(dict))
     # ticket -> attempts of groups that were replaced: finished, and not for any step
@@ -123,12 +124,13 @@ class Ledger:
         self._write({"kind": "rollout", "ticket": ticket, "attempt": rollout.attempt, "data": data})
         self.state.rollouts[ticket][rollout.attempt] = data
 
-    def group(self, ticket: int, task: bytes, void: str = "", played: Played | None = None) -> None:
+    def group(
+        self, ticket: int, task: bytes, void: str = "", played: Sequence[Played] = ()
+    ) -> None:
         """The group of a ticket is finished (or void, and why); on disk when this returns."""
         record = {"kind": "group", "ticket": ticket, "task": task, "void": void}
-        self._write(record if played is None else {**record, "played": asdict(played)})
-        if played is not None:
-            self.state.played[ticket] = played
+        self._write({**record, "played": [asdict(p) for p in played]})
+        self.state.played[ticket] = tuple(played)
         self.state.groups.add(ticket)
         if void:
             self.state.voids[ticket] = void
@@ -243,9 +245,9 @@ def _apply(state: LedgerState, record: dict[str, Any], path: Path, offset: int) 
         state.rollouts[record["ticket"]][record["attempt"]] = record["data"]
     elif kind == "group":
         state.groups.add(record["ticket"])
-        if played := record.get("played"):  # ledgers before samplers learned lack it
-            state.played[record["ticket"]] = Played(
-                task_id=played["task_id"], passed=tuple(played["passed"])
+        if "played" in record:  # ledgers from before samplers learned lack it
+            state.played[record["ticket"]] = tuple(
+                Played(task_id=p["task_id"], passed=tuple(p["passed"])) for p in record["played"]
             )
         if record["void"]:
             state.voids[record["ticket"]] = record["void"]

@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import inspect
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from types import MappingProxyType
@@ -200,7 +200,7 @@ class Draws:
         steps: int,
         groups_per_step: int,
         max_lag: int,
-        played: Mapping[int, Played],
+        played: Mapping[int, Sequence[Played]],
         draws: int = 1,
     ) -> None:
         """`steps` is the length of a schedule that names none; `played` has every ticket whose
@@ -242,8 +242,9 @@ class Draws:
                     "sampler needs: it was written by an earlier version of Loopwright; set "
                     'environment.sampler = "uniform"'
                 )
-            for _, sampler in self._members.values():
-                sampler.learn(found)
+            for played in found:
+                for _, sampler in self._members.values():
+                    sampler.learn(played)
         self._learned = max(self._learned, before)
 
 

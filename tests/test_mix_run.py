@@ -47,7 +47,7 @@ def test_a_mix_is_trained_with_its_schedule_and_goes_on_with_the_same_tasks(
         else:
             assert "noise" not in task.payload
     state = read(folder / "ledger" / FILE)
-    assert all(state.played[t].task_id == task.id for t, task in before.items())
+    assert all(state.played[t][-1].task_id == task.id for t, task in before.items())
     metrics: dict[str, list[float]] = defaultdict(list)
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         for name, value in json.loads(line).items():
@@ -85,3 +85,15 @@ def test_what_cannot_be_is_refused_before_anything_starts(
     code, folder = train(tmp_path, policy, *overrides)
     assert code != DONE and message in capsys.readouterr().err
     assert not folder.exists()
+
+
+def test_a_sampler_learns_from_groups_that_were_replaced_too(tmp_path: Path, policy: str) -> None:
+    """With dynamic sampling a group of equal rewards is played for no step; that its task always
+    (or never) succeeds is what the sampler is to know."""
+    code, folder = train(tmp_path, policy, *MIX, "rollout.dynamic_sampling=true", "run.steps=3")
+    assert code == DONE
+    state = read(folder / "ledger" / FILE)
+    replaced = [p for played in state.played.values() for p in played[:-1]]
+    assert replaced and all(len(set(p.passed)) <= 1 and len(p.passed) == 4 for p in replaced)
+    tasks = {p.task_id for p in replaced} - {played[-1].task_id for played in state.played.values()}
+    assert tasks, "tasks that no step has seen"

@@ -49,7 +49,9 @@ def _source(count: int = 0) -> Any:
     return source
 
 
-def _draws(source: Any, sampler: str, played: dict[int, Played], **changes: Any) -> Draws:
+def _draws(
+    source: Any, sampler: str, played: dict[int, tuple[Played, ...]], **changes: Any
+) -> Draws:
     values: dict[str, Any] = {
         "seed": 3,
         "options": {},
@@ -60,14 +62,18 @@ def _draws(source: Any, sampler: str, played: dict[int, Played], **changes: Any)
     return Draws(source, sampler=sampler, played=played, **(values | changes))
 
 
-def _simulate(draws: Draws, played: dict[int, Played], count: int, rate: Any) -> list[Task]:
+def _simulate(
+    draws: Draws, played: dict[int, tuple[Played, ...]], count: int, rate: Any
+) -> list[Task]:
     """Draw and settle `count` tickets; a group's pass rate is rate(task)."""
     drawn = []
     for ticket in range(count):
         task = draws(ticket)
         drawn.append(task)
         passed = round(rate(task) * 8)
-        played[ticket] = Played(task_id=task.id, passed=(True,) * passed + (False,) * (8 - passed))
+        played[ticket] = (
+            Played(task_id=task.id, passed=(True,) * passed + (False,) * (8 - passed)),
+        )
     return drawn
 
 
@@ -77,7 +83,7 @@ def test_uniform_is_the_streams_own_order_and_starts_over() -> None:
 
 
 def test_the_pass_rate_sampler_prefers_what_succeeds_sometimes_and_retires_nothing() -> None:
-    played: dict[int, Played] = {}
+    played: dict[int, tuple[Played, ...]] = {}
     rates = {0: 0.0, 1: 0.5, 2: 1.0}
     draws = _draws(_source(30), "pass_rate", played, options={"pool": 30, "floor": 0.1})
     drawn = _simulate(draws, played, 900, lambda task: rates[task.seed % 3])
@@ -87,21 +93,21 @@ def test_the_pass_rate_sampler_prefers_what_succeeds_sometimes_and_retires_nothi
 
 
 def test_a_forgotten_task_is_found_again() -> None:
-    played: dict[int, Played] = {}
+    played: dict[int, tuple[Played, ...]] = {}
     draws = _draws(_source(10), "pass_rate", played, options={"recent": 1})
     before = _simulate(draws, played, 400, lambda task: 1.0)
     assert len({t.id for t in before[200:]}) == 10
     for ticket in range(400, 1000):  # task 7 is forgotten: now it succeeds half the time
         task = draws(ticket)
         passed = (True, False) if task.seed == 7 else (True, True)
-        played[ticket] = Played(task_id=task.id, passed=passed)
-    recent = Counter(p.task_id for t, p in played.items() if t >= 600)
+        played[ticket] = (Played(task_id=task.id, passed=passed),)
+    recent = Counter(p.task_id for t, (p,) in played.items() if t >= 600)
     assert recent["task 7"] > 3 * recent["task 1"]
 
 
 @pytest.mark.parametrize("by", ["scenario", "difficulty"])
 def test_pass_rates_may_be_of_scenarios_or_difficulties(by: str) -> None:
-    played: dict[int, Played] = {}
+    played: dict[int, tuple[Played, ...]] = {}
     draws = _draws(_source(60), "pass_rate", played, options={"by": by, "pool": 60})
     drawn = _simulate(draws, played, 600, lambda task: 0.5 if getattr(task, by) in ("s4", 2) else 0)
     late = Counter(getattr(task, by) for task in drawn[300:])
@@ -110,7 +116,7 @@ def test_pass_rates_may_be_of_scenarios_or_difficulties(by: str) -> None:
 
 
 def test_variants_come_of_failing_seed_tasks_alone() -> None:
-    played: dict[int, Played] = {}
+    played: dict[int, tuple[Played, ...]] = {}
     options = {"seeds": 20, "share": 0.5, "below": 0.5}
     draws = _draws(_source(), "failure_variants", played, options=options)
     drawn = _simulate(draws, played, 400, lambda task: 0.0 if task.scenario in ("s3", "s8") else 1)
@@ -120,7 +126,7 @@ def test_variants_come_of_failing_seed_tasks_alone() -> None:
     assert len({t.id for t in variants}) == len(variants), "each is new"
     assert len(variants) / 400 == pytest.approx(0.5, abs=0.12) and len({t.id for t in seeds}) == 20
     # a variant that fails breeds none: with seeds that succeed there is nothing to vary
-    calm: dict[int, Played] = {}
+    calm: dict[int, tuple[Played, ...]] = {}
     again = _draws(_source(), "failure_variants", calm, options=options)
     assert all(t.seed < 20 for t in _simulate(again, calm, 200, lambda t: float(t.seed < 20)))
 
@@ -128,7 +134,7 @@ def test_variants_come_of_failing_seed_tasks_alone() -> None:
 @pytest.mark.parametrize("sampler", ["pass_rate", "failure_variants"])
 def test_a_decision_is_a_function_of_the_facts_that_must_be_there(sampler: str) -> None:
     """A resumed run, and one whose groups finished in another order, draw the same tasks."""
-    played: dict[int, Played] = {}
+    played: dict[int, tuple[Played, ...]] = {}
     options = {"pool": 40} if sampler == "pass_rate" else {"seeds": 30}
     rates = {n: (n * 37 % 9) / 8 for n in range(10**4)}
     made = _simulate(
@@ -138,7 +144,7 @@ def test_a_decision_is_a_function_of_the_facts_that_must_be_there(sampler: str) 
     resumed = _draws(_source(50), sampler, played, options=options)
     assert [resumed(n).id for n in range(300)] == [t.id for t in made]
     # only the facts that are settled when a ticket is admitted
-    lazy: dict[int, Played] = {}
+    lazy: dict[int, tuple[Played, ...]] = {}
     late = _draws(_source(50), sampler, lazy, options=options)
     for ticket in range(300):
         lazy.update({t: played[t] for t in range(max(0, ticket - 7)) if t not in lazy})
