@@ -107,9 +107,25 @@ def facts(board: Board, now_s: float) -> list[tuple[str, str]]:
     if "rollout/lag_max" in m:
         lag = f"mean {m.get('rollout/lag_mean', 0):.2f}, max {m['rollout/lag_max']:.0f}"
         found.append(("policy lag", lag))
+    if "train/ratio_clipped_frac" in m:
+        found.append(("off-policy", _off_policy(m)))
+    left_out = {name: m.get(f"rollout/{name}", 0.0) for name in ("cancelled", "discarded_rollouts")}
+    if any(left_out.values()):
+        found.append(
+            (
+                "left out",
+                f"{left_out['cancelled']:.0f} cancelled after "
+                f"{m.get('rollout/cancelled_tokens_mean', 0.0):.0f} tokens, "
+                f"{left_out['discarded_rollouts']:.0f} discarded",
+            )
+        )
     speeds = _numbers(m, "engine/", "/tokens_per_s")
     if speeds:
         found.append(("tokens/s", ", ".join(f"{k}: {v:,.0f}" for k, v in speeds.items())))
+    idle = _numbers(m, "engine/", "/idle_frac")
+    if idle and "trainer/idle_frac" in m:
+        engines = ", ".join(f"engine {k} {v:.0%}" for k, v in idle.items())
+        found.append(("idle", f"trainer {m['trainer/idle_frac']:.0%}, {engines}"))
     queues = _numbers(m, "queue/", "")
     if queues:
         text = ", ".join(f"{k.replace('_', ' ')} {v:.0f}" for k, v in queues.items())
@@ -127,6 +143,16 @@ def facts(board: Board, now_s: float) -> list[tuple[str, str]]:
     left = f", about {duration(eta_s)} left" if eta_s is not None else ""
     found.append(("time", f"{elapsed}{left}"))
     return found
+
+
+def _off_policy(m: Mapping[str, float]) -> str:
+    """How far the rollouts were from the policy that trains, and what the loss did about it."""
+    return (
+        f"mismatch KL {m.get('train/mismatch_kl_k3_mean', 0.0):.4f}, "
+        f"{m['train/ratio_clipped_frac']:.1%} clipped, "
+        f"{m.get('train/mismatch_capped_frac', 0.0):.1%} capped, "
+        f"{m.get('train/mismatch_ess_frac', 0.0):.0%} effective"
+    )
 
 
 def plain_line(board: Board, step: int, metrics: Mapping[str, float], now_s: float) -> str:

@@ -22,6 +22,15 @@ from loopwright.orchestrator.buffer import GroupBuffer
 from loopwright.orchestrator.environment_metrics import environment_metrics
 from loopwright.orchestrator.pool import Pool
 
+_OF_THE_LOSS = (
+    "train/ratio_clipped_frac",
+    "train/mismatch_capped_frac",
+    "train/mismatch_ess_frac",
+    "train/entropy_mean",
+    "train/kl_reference_mean",
+    "value/explained_variance",
+)
+
 
 class Trackers(Protocol):
     """Where everything goes (orchestrator/trackers.py)."""
@@ -57,6 +66,10 @@ class Recorder:
         self._curve: list[tuple[int, float]] = []  # (step, held-out success)
         self._rewards: list[tuple[int, float]] = []
         self._last_stats: dict[int, EngineStats] = {}
+        self._engine_totals: dict[int, Counter[str]] = defaultdict(Counter)
+        self._pause_max_s = 0.0
+        self._loss: dict[str, float] = {}  # of the last step
+        self._last_step_s = 0.0  # when the last step was recorded; 0: none was
         self.success: dict[str, float] = {}
         self.weights_checksum = 0
         self.memory: dict[str, Any] = {}  # of the trainer, from its dry run
@@ -131,11 +144,14 @@ class Recorder:
         """All engines hold a version."""
         self._counts["publishes"] += 1
         self.weights_checksum = checksum_of(manifest)
-        pauses = [r.pause_s for r in reports]
+        pause_s = max((r.pause_s for r in reports), default=0.0)
+        self._counts["publish_bytes"] += manifest.size_bytes
+        self._pause_max_s = max(self._pause_max_s, pause_s)
         self.add(
             {
                 "publish/size_bytes": float(manifest.size_bytes),
-                "publish/pause_max_s": max(pauses, default=0.0),
+                "publish/pause_max_s": pause_s,
+                "publish/engine_s_max": max((r.seconds for r in reports), default=0.0),
             }
         )
 
@@ -156,6 +172,7 @@ class Recorder:
         self._mismatch.update(
             {k: v for k, v in self._pending.items() if k.startswith("train/mismatch")}
         )
+        self._loss = {k: v for k, v in self._pending.items() if k in _OF_THE_LOSS}
         self._counts.update({f"lag/{lag}": n for lag, n in enumerate(report.lag_tokens)})
         metrics = {f"rollout/{name}": value for name, value in report.metrics().items()} | {
             "rollout/turns_mean": _mean([float(r.turns) for r in rollouts]),
@@ -167,6 +184,7 @@ class Recorder:
             "fault/infra_total": float(pool.infra_faults),
             "fault/actors_lost_total": float(self._counts["event/actor_lost"]),
             "time/elapsed_s": self.elapsed_s(),
+            **self._trainer_idle(),
             **environment_metrics(rollouts, "environment"),
             **self._engines(pool),
         }
@@ -230,6 +248,21 @@ class Recorder:
                 "saved_tokens": self._counts["saved_tokens"],
             },
             "publishes": self._counts["publishes"],
+            "publish": {
+                "size_bytes": self._counts["publish_bytes"],
+                "seconds": round(self._seconds.get("publish", 0.0), 3),
+                "pause_max_s": round(self._pause_max_s, 4),
+            },
+            "idle": self._idle()
+            | {
+                f"engine_{index}_frac": 1.0 - totals["busy_us"] / max(totals["us"], 1)
+                for index, totals in sorted(self._engine_totals.items())
+            },
+            "tokens_per_s": {
+                f"engine_{index}": 1e6 * totals["tokens"] / max(totals["us"], 1)
+                for index, totals in sorted(self._engine_totals.items())
+            },
+            "loss": {k.removeprefix("train/"): v for k, v in self._loss.items()},
             "restarts": self._counts["event/actor_lost"],
             "infra_faults": self._counts["event/infra_fault"],
             "end_reasons": _named(self._counts, "end/"),
@@ -242,6 +275,24 @@ class Recorder:
         self._trackers.log(step, {**self._pending, **metrics})
         self._pending = {}
 
+    def _trainer_idle(self) -> dict[str, float]:
+        """Share of the time since the last step in which the trainer neither trained nor
+        published."""
+        now_s = time.monotonic()
+        busy_s = sum(self._pending.get(f"time/{verb}_s", 0.0) for verb in ("train", "publish"))
+        since_s = busy_s + self._pending.get("time/take_s", 0.0)  # of the first step
+        if self._last_step_s:
+            since_s = now_s - self._last_step_s
+        self._last_step_s = now_s
+        self._seconds["between_steps"] += since_s
+        return {"trainer/idle_frac": max(0.0, 1.0 - busy_s / since_s) if since_s > 0 else 0.0}
+
+    def _idle(self) -> dict[str, float]:
+        """Share of the training steps' time in which the trainer was idle."""
+        whole_s = self._seconds.get("between_steps", 0.0)
+        busy_s = self._seconds.get("train", 0.0) + self._seconds.get("publish", 0.0)
+        return {"trainer_frac": max(0.0, 1.0 - busy_s / whole_s) if whole_s else 0.0}
+
     def _engines(self, pool: Pool) -> dict[str, float]:
         metrics: dict[str, float] = {}
         for index, stats in enumerate(pool.engine_stats()):
@@ -251,7 +302,13 @@ class Recorder:
                 metrics[f"engine/{index}/tokens_per_s"] = (
                     stats.generated_tokens - before.generated_tokens
                 ) / seconds
-                metrics[f"engine/{index}/busy_frac"] = (stats.busy_s - before.busy_s) / seconds
+                busy_s = stats.busy_s - before.busy_s
+                metrics[f"engine/{index}/busy_frac"] = busy_s / seconds
+                metrics[f"engine/{index}/idle_frac"] = max(0.0, 1.0 - busy_s / seconds)
+                totals = self._engine_totals[index]
+                totals["tokens"] += stats.generated_tokens - before.generated_tokens
+                totals["busy_us"] += round(1e6 * busy_s)
+                totals["us"] += round(1e6 * seconds)
                 cached = stats.cached_prefix_tokens - before.cached_prefix_tokens
                 prompts = cached + stats.prefill_tokens - before.prefill_tokens
                 metrics[f"engine/{index}/prefix_hit_frac"] = cached / max(prompts, 1)

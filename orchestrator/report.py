@@ -26,10 +26,27 @@ def tell(folder: Path, summary: Mapping[str, Any]) -> str:
         f"{tokens['generated']} tokens generated, "
         f"{summary['publishes']} publishes, policy lag mean {lag['mean']:.2f} max {lag['max']}, "
         f"{summary['restarts']} restarts, {seconds['total']:.0f} s",
+        *_use(summary),
         *_memory(summary.get("memory") or {}),
         f"run folder: {folder}  (curve.png, summary.json, metrics.jsonl, checkpoints/)",
     ]
     return "\n".join(lines)
+
+
+def _use(summary: Mapping[str, Any]) -> list[str]:
+    """What was sampled for nothing, and who waited."""
+    unused, idle, publish = summary["unused"], summary["idle"], summary["publish"]
+    engines = ", ".join(
+        f"{name.removesuffix('_frac').replace('_', ' ')} {value:.0%}"
+        for name, value in idle.items()
+        if name != "trainer_frac"
+    )
+    return [
+        f"idle: trainer {idle['trainer_frac']:.0%}{', ' if engines else ''}{engines}; published "
+        f"{publish['size_bytes'] / 1e6:.1f} MB in {publish['seconds']:.1f} s; cancelled "
+        f"{unused['cancelled_rollouts']} rollouts ({unused['cancelled_tokens']} tokens), discarded "
+        f"{unused['discarded_rollouts']} ({unused['discarded_tokens']} tokens)"
+    ]
 
 
 def _memory(found: Mapping[str, Any]) -> list[str]:

@@ -84,6 +84,27 @@ def test_a_pipe_gets_one_line_per_step() -> None:
     assert "\x1b" not in out.getvalue()
 
 
+def test_the_colour_of_the_data_is_shown_where_it_is_reported() -> None:
+    out = io.StringIO()
+    console = Console(name="demo", total_steps=4, out=out, clock=Clock())
+    more = {
+        "train/ratio_clipped_frac": 0.125,
+        "train/mismatch_capped_frac": 0.02,
+        "train/mismatch_ess_frac": 0.9,
+        "train/mismatch_kl_k3_mean": 0.0123,
+        "rollout/cancelled": 3.0,
+        "rollout/cancelled_tokens_mean": 410.0,
+        "trainer/idle_frac": 0.25,
+        "engine/0/idle_frac": 0.5,
+    }
+    console.log(1, STEP | more)
+    console.close()
+    told = out.getvalue()
+    assert "off-policy mismatch KL 0.0123, 12.5% clipped, 2.0% capped, 90% effective" in told
+    assert "left out 3 cancelled after 410 tokens, 0 discarded" in told
+    assert "idle trainer 25%, engine 0 50%" in told
+
+
 def test_success_tells_cloning_from_rl() -> None:
     assert success_text([]) == ""
     assert success_text([(0, 0.0)]) == "0%"

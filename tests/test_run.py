@@ -24,6 +24,10 @@ def test_a_run_leaves_summary_curve_ledger_and_checkpoints(tmp_path: Path, polic
     assert set(summary["success"]) == {"initial", "warm_start", "final"}
     assert set(summary["lag"]) == {"max", "mean", "tokens"}
     assert sum(summary["lag"]["tokens"].values()) > 0
+    assert summary["publish"]["size_bytes"] > 0 < summary["publish"]["seconds"]
+    assert summary["idle"] and all(0 <= share <= 1 for share in summary["idle"].values())
+    assert 0 < summary["loss"]["mismatch_ess_frac"] <= 1
+    assert set(summary["unused"]) >= {"cancelled_rollouts", "discarded_tokens"}
     assert set(summary["lag"]["tokens"]) <= {"0", "1"}
     assert 0 <= summary["lag"]["mean"] <= summary["lag"]["max"] <= 1
     assert (summary["steps"], summary["publishes"], summary["restarts"]) == (3, 4, 0)
