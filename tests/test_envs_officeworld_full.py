@@ -382,6 +382,8 @@ def test_bad_options_are_refused() -> None:
         ({"world_size": 20}, "must be 100 to 400"),
         ({"action_format": "xml"}, "must be 'call' or 'json' or 'code'"),
         ({"scenarios": ["text_id"]}, "unknown"),
+        ({"max_turns": 0}, "at least 1"),
+        ({"cell_timeout_s": 0}, "above 0 s"),
     ):
         with pytest.raises(ValueError, match=told):
             OfficeWorld(style="full", **options)
@@ -390,3 +392,44 @@ def test_bad_options_are_refused() -> None:
 def test_without_a_filter_code_actions_are_refused_at_once() -> None:
     with pytest.raises(SandboxUnavailable, match="no filter for 'sparc'"):
         OfficeWorld(style="full", action_format="code", zygote=Zygote(machine="sparc"))
+
+
+def test_code_cells_keep_variables_and_end_with_done() -> None:
+    async def scene() -> None:
+        env = OfficeWorld(style="full", action_format="code", cell_timeout_s=1.0)
+        await env.reset(next(env.tasks("train", 0)))
+
+        async def cell(code: str) -> tuple[str, set[str]]:
+            step = await env.step(f"I look.\n```python\n{code}\n```")
+            kinds = {name for name in step.signals if not name.startswith("behavior/")}
+            return "".join(m.content for m in step.observation.messages), kinds
+
+        assert await cell("x = apis.vault.show_profile()['name']") == ("[no output]", set())
+        assert (await cell("x"))[0].strip().strip("'\"") == env._live().office.profile["name"]
+        assert (await cell("class Mine(Exception): pass\nraise Mine('no')"))[1] == {
+            "cell_error/other"
+        }
+        assert (await cell("open('/etc/passwd')"))[1] == {"cell_error/PermissionError"}
+        told, kinds = await cell("while True: pass")
+        assert "variables are lost" in told and kinds == {"cell_error/timeout"}
+        assert (await cell("x"))[1] == {"cell_error/NameError"}
+        session = env._live().session
+        step = await env.step("```python\napis.done()\napis.vault.show_profile()\n```")
+        assert step.terminated and step.signals["tool_error/conflict"] == 1
+        assert session is not None and not session.alive
+        assert 0 < (await env.evaluate()).reward < 1
+        await env.close()
+
+    asyncio.run(scene())
+
+
+def test_a_person_plays_in_the_terminal() -> None:
+    typed = "```python\nx = 6\nprint(x * 7)\n```\napis.done()\n"
+    options = ("--option", "style=full", "--option", "action_format=code")
+    command = [sys.executable, "-m", "loopwright.orchestrator", "envs", "play", "officeworld"]
+    done = subprocess.run(
+        [*command, *options], input=typed, capture_output=True, text=True, timeout=120,
+        cwd=Path(__file__).resolve().parent.parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "[tool] 42" in done.stdout and "after 2 turns: not solved" in done.stdout

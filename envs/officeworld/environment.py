@@ -1,5 +1,6 @@
 """`OfficeWorld`: the environment and its source of tasks."""
 
+import builtins
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from loopwright.envs.officeworld.grading import unit_tests
 from loopwright.envs.officeworld.scenario import Plan, Scenario
 from loopwright.envs.officeworld.small import SmallOffice
 from loopwright.envs.protocol import EnvSpec, Message, Observation, Step, Task, TaskError, Verdict
-from loopwright.envs.sandbox import Session, Zygote, shared_zygote
+from loopwright.envs.sandbox import CellStatus, Session, Zygote, shared_zygote
 
 Style = Literal["compact", "full"]
 OfficeFormat = Literal["call", "json", "code"]
@@ -33,6 +34,12 @@ def data_hash(style: str) -> str:
     ]
     texts = [(s.name, s.difficulty, s.texts, s.held_out) for s in edition.scenarios.values()]
     return hashlib.sha256(repr((apis, texts)).encode()).hexdigest()[:8]
+
+
+def _exception(name: str) -> str:
+    """How a cell failed, as a metric: Python's exceptions and the sandbox's endings by name, the
+    policy's inventions together."""
+    return name if name in vars(builtins) or name in tuple(CellStatus) else "other"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -104,6 +111,10 @@ class OfficeWorld:
             raise BadOption(
                 f"officeworld world_size {self._size}: must be {least} to {most} in style {style!r}"
             )
+        if max_turns is not None and max_turns < 1:
+            raise BadOption(f"officeworld max_turns {max_turns}: must be at least 1")
+        if not cell_timeout_s > 0:
+            raise BadOption(f"officeworld cell_timeout_s {cell_timeout_s}: must be above 0 s")
         self._style = style
         self._format: OfficeFormat = action_format
         self._scenarios = _chosen(self._edition, scenarios, difficulty)
@@ -201,8 +212,10 @@ class OfficeWorld:
             episode.session = self._zygote.session()
         result = await episode.session.run(code, answer, timeout_s=self._cell_timeout_s)
         signals = {**errors, "behavior/code_cells": count}
+        if episode.finished:
+            episode.session.close()  # no further cell will run; evaluation needs none
         if result.error and result.error != "ApiError":
-            signals[f"cell_error/{result.error}"] = 1
+            signals[f"cell_error/{_exception(result.error)}"] = 1
         return clipped(result.output) or "[no output]", signals
 
     def _invoke(self, episode: _Episode, call: Call) -> Any:
