@@ -284,7 +284,8 @@ class RayCluster:
         """Room for all actors or none: half a run would wait for ever, holding what others need."""
         import ray
 
-        self._reserved = ray.util.placement_group(needs.bundles, strategy="PACK")
+        bundles = needs.bundles_on(ray.cluster_resources())
+        self._reserved = ray.util.placement_group(bundles, strategy="PACK")
         if self._reserved.wait(timeout_seconds=min(_PATIENCE_S, timeout_s)):
             return
         say(f"waiting up to {timeout_s:g} s for {needs}; {_room()}")

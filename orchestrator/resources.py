@@ -1,9 +1,12 @@
 """What a run asks of a cluster, and what a cluster has."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+ENVIRONMENT_NODES = "loopwright_environment"  # custom resource of Ray nodes for environment workers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +34,15 @@ class Needs:
             {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
             for cpus, gpus in wanted
         ]
+
+    def bundles_on(self, offered: Mapping[str, float]) -> list[dict[str, float]]:
+        """`bundles` for a cluster with these resources: where nodes are set aside for
+        environments (they offer `loopwright_environment`), environment workers go there alone."""
+        bundles = self.bundles
+        if ENVIRONMENT_NODES in offered:
+            for bundle in bundles[len(bundles) - len(self.elsewhere_cpus) :]:
+                bundle[ENVIRONMENT_NODES] = 0.001
+        return bundles
 
     def __str__(self) -> str:
         gpus = f" and {self.one_node_gpus:g} GPUs" if self.one_node_gpus else ""

@@ -15,6 +15,7 @@ import yaml
 from deploy.dashboard import PANELS, dashboard, series
 from deploy.validate import problems
 from loopwright.configs.load import load
+from loopwright.orchestrator.resources import Needs
 from tests.kustomized import render
 from tests.tiny_run import train
 
@@ -180,3 +181,14 @@ def test_every_panel_shows_what_a_run_reports(tmp_path: Path, policy: str) -> No
     reported = {re.sub(r"^engine/\d+/", "engine/*/", name) for line in lines for name in line}
     shown = {metric for _, _, lines in PANELS for _, metric in lines}
     assert shown - reported == set()
+
+
+def test_environment_workers_go_to_the_nodes_set_aside_for_them() -> None:
+    needs = Needs(one_node_cpus=2, engines=((1.0, 1.0),), elsewhere_cpus=(0.5, 0.5))
+    assert needs.bundles_on({"CPU": 8.0}) == needs.bundles
+    aside = needs.bundles_on({"CPU": 8.0, "loopwright_environment": 1000.0})
+    assert ["loopwright_environment" in bundle for bundle in aside] == [False, False, True, True]
+    groups = ray_of(overlay("single-gpu-node"))["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    named = {group["groupName"]: group.get("resources", {}) for group in groups}
+    offering = [name for name, offered in named.items() if "loopwright_environment" in offered]
+    assert offering == ["environments"]
