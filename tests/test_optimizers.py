@@ -1,5 +1,6 @@
 """Optimizers: trajectories against published numbers, properties of all, what is refused."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -293,3 +294,8 @@ def test_every_method_says_what_it_is() -> None:
     for name, row in METHODS.items():
         assert row.name == name and row.paper and row.use_when and row.plan.__doc__
         optimizers.method(name)
+
+
+def test_the_page_shows_the_table() -> None:
+    page = Path(__file__).parent.parent / "docs" / "optimizers.md"
+    assert optimizers.table() in page.read_text()

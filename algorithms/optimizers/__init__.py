@@ -12,7 +12,7 @@ from loopwright.algorithms.optimizers.building import (
     sharding_methods,
 )
 from loopwright.algorithms.optimizers.layer_sampling import outlier_scores
-from loopwright.algorithms.optimizers.methods import METHODS, Method
+from loopwright.algorithms.optimizers.methods import METHODS, Method, table
 from loopwright.algorithms.optimizers.options import OptimizerError, Options
 from loopwright.algorithms.optimizers.pipeline import Pipeline
 from loopwright.algorithms.optimizers.streaming import GradientStream
@@ -32,4 +32,5 @@ __all__ = [
     "outlier_scores",
     "predict_state_bytes",
     "sharding_methods",
+    "table",
 ]

@@ -229,3 +229,12 @@ _TABLE = (
     ),
 )
 METHODS: dict[str, Method] = {method.name: method for method in _TABLE}
+
+
+def table() -> str:
+    """The methods as a Markdown table: what help texts and the documentation print."""
+    lines = ["| method | use it when | ZeRO | FSDP2 | paper |", "|---|---|---|---|---|"]
+    for row in _TABLE:
+        flat, cut = ("yes" if works else "–" for works in (row.elementwise, row.fsdp2))
+        lines.append(f"| `{row.name}` | {row.use_when} | {flat} | {cut} | {row.paper} |")
+    return "\n".join(lines)

@@ -30,6 +30,8 @@ from loopwright.algorithms.optimizers.state_codecs import Noise, State
 from loopwright.algorithms.optimizers.transport import transport
 from loopwright.algorithms.optimizers.update import Update, noise_for, update
 
+SCORE_UNIT = 10**9  # of a layer's score of 1
+
 
 class Pipeline(torch.optim.Optimizer):
     """An optimizer made of parts. Made by `build`."""
@@ -49,7 +51,7 @@ class Pipeline(torch.optim.Optimizer):
         self.layers = list(dict.fromkeys(s.layer for s in self.slots if s.layer is not None))
         self._active: frozenset[str] = frozenset()
         if plan.sampler is not None:
-            self.param_groups[0]["layer_scores"] = torch.ones(len(self.layers))
+            self._keep_scores(torch.ones(len(self.layers)))
         self._choose_layers()
 
     @property
@@ -121,7 +123,7 @@ class Pipeline(torch.optim.Optimizer):
         """Weights by which layers are drawn from now on (`outlier_scores`), by layer name."""
         if self.plan.sampler is None or self.plan.sampler.kind != "outliers":
             raise OptimizerError(f"optimizer {self.method!r} does not draw layers by scores")
-        self.param_groups[0]["layer_scores"] = scores_in_order(self.layers, scores)
+        self._keep_scores(scores_in_order(self.layers, scores))
         if self.updates == 0:
             self._choose_layers()
 
@@ -309,10 +311,16 @@ class Pipeline(torch.optim.Optimizer):
                 self._reset(slot)
                 state["step"] = 0
 
+    def _keep_scores(self, scores: Tensor) -> None:
+        """As whole numbers in the first group, so that they are saved like any counter."""
+        for k, score in enumerate(scores.tolist()):
+            self.param_groups[0][f"layer_score_{k}"] = round(score * SCORE_UNIT)
+
     def _drawn(self) -> frozenset[str]:
         if self.plan.sampler is None:
             return frozenset()
-        scores = self.param_groups[0]["layer_scores"]
+        group = self.param_groups[0]
+        scores = torch.tensor([group[f"layer_score_{k}"] for k in range(len(self.layers))])
         return self.plan.sampler.chosen(self.layers, scores, self.updates)
 
     def _choose_layers(self) -> None:
