@@ -106,12 +106,13 @@ def bound(sync: Timing) -> float:
 def table(timings: Sequence[Timing]) -> str:
     """One line a lag; ratios to the first, which is synchronous."""
     sync = timings[0]
-    lines = ["max_lag  s/step   take  train  publish  tokens/step  lag mean  ratio   bound"]
+    lines = ["max_lag  s/step   take  train  publish  tokens/step  lag mean  ratio   bound  of it"]
     for t in timings:
-        limit = f"{bound(sync):5.2f}x" if t.max_lag else "     –"
+        ratio, most = sync.step_s / t.step_s, bound(sync)
+        limit = f"{most:5.2f}x  {ratio / most:4.0%}" if t.max_lag else "     –     –"
         lines.append(
             f"{t.max_lag:7d}  {t.step_s:6.2f} {t.take_s:6.2f} {t.train_s:6.2f} {t.publish_s:8.2f}"
-            f"  {t.tokens:11.0f}  {t.lag_mean:8.2f}  {sync.step_s / t.step_s:4.2f}x  {limit}"
+            f"  {t.tokens:11.0f}  {t.lag_mean:8.2f}  {ratio:4.2f}x  {limit}"
         )
     generating = sync.take_s / sync.step_s
     training = (sync.train_s + sync.publish_s) / sync.step_s
