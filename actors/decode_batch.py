@@ -88,7 +88,12 @@ class DecodeBatch:
         """Whether a slot is free and the KV budget holds one more."""
         needed = self._reserved_bytes + self.kv_bytes_of(request, limit)
         fits = needed <= self._kv_limit_bytes or not self.running
-        return len(self.running) < self._kv.slots and fits
+        return self.has_slot and fits
+
+    @property
+    def has_slot(self) -> bool:
+        """Whether one more sequence may run, if there is KV for it."""
+        return len(self.running) < self._kv.slots
 
     def worth_waiting(self, request: GenerateRequest) -> bool:
         """Whether a sequence added since the last step will soon offer much of this prompt's KV."""

@@ -85,7 +85,7 @@ class EngineStats:
     busy_s: float  # seconds spent inside forward and sampling
     uptime_s: float
     kv_used_frac: float = 0.0  # of the KV cache, by running sequences
-    preempted: int = 0  # running sequences that lost their KV for want of room
+    kv_waits: int = 0  # requests that had to wait for room in it, or lost theirs to others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,6 +38,7 @@ class _Waiting:
     arrival: int
     request: GenerateRequest = field(compare=False)
     limit: int = field(compare=False)
+    counted: bool = field(default=False, compare=False)  # as one that waited for KV
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,7 @@ class EngineThread(threading.Thread):
         self._began = time.perf_counter()
         self._busy_s = 0.0
         self._arrivals = 0
+        self._kv_waits = 0
         self._waiting: list[_Waiting] = []
         self._futures: dict[str, asyncio.Future[Completion]] = {}
         self._updates: list[Update] = []
@@ -132,6 +134,7 @@ class EngineThread(threading.Thread):
             busy_s=self._busy_s,
             uptime_s=time.perf_counter() - self._began,
             kv_used_frac=batch.kv_used_frac,
+            kv_waits=self._kv_waits,
         )
 
     def run(self) -> None:
@@ -235,6 +238,8 @@ class EngineThread(threading.Thread):
         while self._waiting and not self._updates and prefill < _PREFILL_TOKENS:
             entry = self._waiting[0]
             if not self.batch.has_room(entry.request, entry.limit):
+                self._kv_waits += self.batch.has_slot and not entry.counted
+                entry.counted |= self.batch.has_slot
                 break
             heapq.heappop(self._waiting)
             if self.batch.worth_waiting(entry.request):

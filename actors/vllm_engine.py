@@ -207,7 +207,7 @@ class VllmEngine:
             busy_s=self._meter.busy_s,
             uptime_s=time.monotonic() - self._started_at,
             kv_used_frac=self._meter.kv_used_frac,
-            preempted=self._meter.preempted,
+            kv_waits=self._meter.preempted,
         )
 
     async def close(self) -> None:

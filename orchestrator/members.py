@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from loopwright.actors.engine import EngineStats
 from loopwright.orchestrator.cluster import Actor
 
-_KV_FULL = 0.9  # share of the KV cache that running sequences hold when it is short
-_GROWTH = 8  # of a limit that was not reached for want of room: by an eighth
+_PART = 8  # a limit falls and grows by an eighth
 
 
 @dataclass(slots=True)
@@ -20,14 +19,15 @@ class Throttle:
     """How many episodes an engine may have, so that its KV cache holds all of them.
 
     More episodes than fit do not make an engine faster: what waits evicts the cached prefixes of
-    others (or, in vLLM, preempts them), and all of that is prefilled again. Under pressure the
-    limit falls to what is really running; without, it grows by an eighth, so that it finds the
-    largest number that fits, and follows it when episodes get longer.
+    others (or, in vLLM, preempts them), and all of that is prefilled again. While requests have to
+    wait for KV the limit falls by an eighth a look, and at once to what is served if that is less;
+    while none has to, and the limit is reached, it grows by an eighth. So it finds the largest
+    number that fits, and follows it when episodes get longer.
     """
 
     most: int
     limit: int = 0
-    _preempted: int = 0
+    _kv_waits: int = 0
 
     def __post_init__(self) -> None:
         self.limit = self.limit or self.most
@@ -35,13 +35,14 @@ class Throttle:
     def observe(self, stats: EngineStats, episodes: int) -> bool:
         """Take new counters of an engine with so many `episodes`; whether the limit has moved."""
         before = self.limit
-        preempted = stats.preempted > self._preempted
-        self._preempted = stats.preempted
-        if preempted or (stats.waiting and stats.kv_used_frac >= _KV_FULL):
+        part = max(1, before // _PART)
+        waited = stats.kv_waits - self._kv_waits
+        self._kv_waits = stats.kv_waits
+        if waited > 0:
             served = stats.running / max(stats.running + stats.waiting, 1)
-            self.limit = max(1, min(before, int(episodes * served)))
-        elif episodes >= before:
-            self.limit = min(self.most, before + max(1, before // _GROWTH))
+            self.limit = max(1, min(before - part, int(episodes * served) or before - part))
+        elif waited == 0 and episodes >= before:
+            self.limit = min(self.most, before + part)
         return self.limit != before
 
 

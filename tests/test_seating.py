@@ -154,30 +154,37 @@ class TestTakingBack:
 class TestThrottle:
     """How many episodes an engine gets, by what its KV cache holds."""
 
-    def test_it_falls_to_what_runs_and_grows_again(self) -> None:
+    def test_it_falls_to_what_is_served_and_grows_again(self) -> None:
         throttle = Throttle(most=32)
-        full = replace(STATS, running=10, waiting=10, kv_used_frac=0.97)
+        full = replace(STATS, running=10, waiting=10, kv_waits=7)
         assert throttle.observe(full, 32) and throttle.limit == 16
-        assert not throttle.observe(replace(STATS, running=10), 12), "nobody waits for a seat"
-        assert throttle.observe(replace(STATS, running=16), 16) and throttle.limit == 18
+        assert not throttle.observe(replace(STATS, running=10, kv_waits=7), 12), "nobody waits"
+        assert throttle.observe(replace(STATS, running=16, kv_waits=7), 16)
+        assert throttle.limit == 18
         for _ in range(20):
-            throttle.observe(replace(STATS, running=16), throttle.limit)
+            throttle.observe(replace(STATS, running=16, kv_waits=7), throttle.limit)
         assert throttle.limit == 32
+
+    def test_waits_between_two_looks_count(self) -> None:
+        throttle = Throttle(most=32)
+        assert throttle.observe(replace(STATS, running=20, kv_waits=1), 32), "gone by now"
+        assert throttle.limit == 28
 
     def test_waiting_for_a_slot_is_no_pressure(self) -> None:
         throttle = Throttle(most=32)
-        assert not throttle.observe(replace(STATS, running=4, waiting=28, kv_used_frac=0.2), 32)
+        assert not throttle.observe(replace(STATS, running=4, waiting=28), 32)
 
-    def test_a_preempted_sequence_is(self) -> None:
+    def test_a_restarted_engine_counts_from_nothing(self) -> None:
         throttle = Throttle(most=8)
-        assert throttle.observe(replace(STATS, running=6, waiting=2, preempted=1), 8)
+        throttle.observe(replace(STATS, running=6, waiting=2, kv_waits=5), 8)
         assert throttle.limit == 6
-        assert throttle.observe(replace(STATS, running=6, preempted=1), 6), "no new one: it grows"
-        assert throttle.limit == 7
+        assert not throttle.observe(STATS, 6), "fewer than before: no news"
+        assert throttle.observe(STATS, 6) and throttle.limit == 7
 
     def test_one_episode_always_runs(self) -> None:
         throttle = Throttle(most=4)
-        throttle.observe(replace(STATS, running=0, waiting=4, kv_used_frac=1.0), 4)
+        for looks in range(1, 9):
+            throttle.observe(replace(STATS, running=1, waiting=3, kv_waits=looks), 1)
         assert throttle.limit == 1
 
     def test_who_waits_gets_seats_by_age(self) -> None:

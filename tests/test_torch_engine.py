@@ -268,6 +268,7 @@ def test_little_kv_memory_slows_but_never_corrupts(tiny: tuple[PreTrainedModel, 
                     expected = reference_logprobs(model, contexts[i], done.token_ids)
                     np.testing.assert_allclose(done.logprobs, expected, atol=1e-4, rtol=0)
                     contexts[i] = np.concatenate((contexts[i], done.token_ids))
+            assert 0 < (await engine.stats()).kv_waits <= 3 * len(lengths), "each is counted once"
             with pytest.raises(EngineError, match="Raise kv_bytes"):
                 await engine.generate(ask(999, prompts(7, [240])[0], max_new_tokens=16))
 
