@@ -21,6 +21,7 @@ from loopwright.envs.protocol import EnvError
 MAX_FRAME_BYTES = 1 << 20
 START_TIMEOUT_S = 30.0  # for the zygote to come up, and for a fork
 _ZYGOTE = Path(__file__).with_name("zygote.py")
+_PASSED_ON = ("LD_LIBRARY_PATH",)  # what Python may need to start; sessions see nothing of it
 Answer = Callable[[str, Mapping[str, Any]], Mapping[str, Any]]
 """(API name, arguments) → `{"value": …}` or `{"error": {"code": …, "message": …}}`; never raises
 for what the cell sent."""
@@ -128,7 +129,7 @@ class Zygote:
                 pass_fds=[fd],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                env={},
+                env={name: os.environ[name] for name in _PASSED_ON if name in os.environ},
             )
         ours.settimeout(START_TIMEOUT_S)
         self._control = ours
