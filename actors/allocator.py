@@ -26,3 +26,15 @@ def keep_freed_memory() -> bool:
     except AttributeError:  # musl
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST) and mallopt(_M_TRIM_THRESHOLD, _LARGEST))
+
+
+def release_freed_memory() -> bool:
+    """Give back to the system what is free within this process, once: after weights have moved.
+    False where glibc is not."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except AttributeError:  # musl
+        return False
+    return bool(trim(0))

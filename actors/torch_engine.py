@@ -19,6 +19,7 @@ import time
 import numpy as np
 import torch
 
+from loopwright.actors.allocator import release_freed_memory
 from loopwright.actors.channels.receiver import Received, Receiver
 from loopwright.actors.decode_batch import DecodeBatch
 from loopwright.actors.engine import (
@@ -57,6 +58,7 @@ class TorchEngine:
         self._model: LeanModel | None = None
         self._receiver = Receiver(settings.device)
         self._updating = asyncio.Lock()
+        self._served = False  # weights that were published
 
     async def start(self) -> None:
         """Load the model and start the engine thread. Raises `EngineError` for what it cannot
@@ -120,6 +122,9 @@ class TorchEngine:
             self._put(Update(weights, manifest.version, on_update, future, adapter))
             pause_s = await future
             self._receiver.serving(received)
+            if not self._served:  # what `start` loaded is free now
+                release_freed_memory()
+                self._served = True
         return UpdateReport(
             version=manifest.version,
             checksums=received.checksums,

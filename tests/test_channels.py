@@ -11,10 +11,17 @@ from hypothesis import strategies as st
 
 from loopwright.actors.channels.channel import ImageChannel, open_channel
 from loopwright.actors.channels.delta import apply_change, bits_of, encode_change
-from loopwright.actors.channels.lowrank import Basis, apply_lowrank, encode_lowrank
+from loopwright.actors.channels.lowrank import (
+    Basis,
+    apply_lowrank,
+    encode_lowrank,
+    projector_bases,
+)
 from loopwright.actors.channels.settings import ChannelSettings
+from loopwright.actors.ranks import Ranks
 from loopwright.actors.shared_memory import SEGMENT_FOLDER
 from loopwright.actors.weights import ChannelLost, WeightError, decode, encode, manifest_checksums
+from loopwright.algorithms.optimizers import build
 from tests.weight_sources import (
     TIMEOUT_S,
     Engines,
@@ -283,6 +290,51 @@ def test_a_galore_update_is_rebuilt_exactly_from_thin_factors(left: bool) -> Non
     assert torch.equal(rebuilt, later)
     with pytest.raises(WeightError, match="matrix: its low-rank change is damaged"):
         apply_lowrank(rebuilt, thin, {}, "matrix")
+
+
+class Projected:
+    """As much of a trainer backend as the low-rank channel reads: one matrix under GaLore."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(4)
+        self.ranks = Ranks()
+        self.layer = torch.nn.Linear(192, 96, bias=False)
+        options = {"rank": 4, "gap": 100, "lr": 1e-3, "weight_decay": 0.0}
+        self.optimizer = build(self.layer, "galore", **options)
+
+    def step(self) -> None:
+        """One optimizer step on a random gradient."""
+        self.layer.weight.grad = torch.randn(96, 192)
+        self.optimizer.step()
+
+    def published_shapes(self) -> dict[str, torch.Tensor]:
+        """One matrix."""
+        return {"weight": self.layer.weight.detach().to("meta")}
+
+    def published_buckets(self) -> Iterator[dict[str, torch.Tensor]]:
+        """One bucket."""
+        yield {"weight": self.layer.weight.detach()}
+
+
+def test_galore_between_refreshes_travels_as_thin_factors(engines: Engines) -> None:
+    """Of the optimizer itself; the basis travels once, and again after it was renewed."""
+    trained = Projected()
+    chosen = ChannelSettings(channel="lowrank_delta", bucket_bytes=1000, full_every=100)
+    channel: Any = open_channel(chosen, RUN, lambda: projector_bases(trained))
+    whole = trained.layer.weight.nbytes
+    sizes = []
+    try:
+        for version in range(5):
+            manifest = channel.publish(version, trained, engines.members)
+            for received in engines.take(manifest):
+                assert_equal(received.weights, trained)
+            sizes.append(manifest.size_bytes)
+            trained.step()
+    finally:
+        channel.close()
+    assert manifest.kind == "lowrank"
+    assert sizes[0] == whole and max(sizes[1:]) < 0.15 * whole
+    assert sizes[1] > sizes[2] + trained.layer.weight.shape[0] * 4 * 3, "the basis came once"
 
 
 def test_segments_of_a_closed_channel_are_gone(engines: Engines) -> None:

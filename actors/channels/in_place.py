@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loopwright.actors.allocator import release_freed_memory
 from loopwright.actors.shared_memory import SharedWeights, unlink_stale
 from loopwright.actors.weights import ChannelLost, WeightManifest
 
@@ -19,16 +20,19 @@ def adopt(backend: Any, names: Mapping[str, str], views: Mapping[str, Tensor]) -
     """Let parameters of a trainer backend be `views` from now on, which hold their values already.
 
     `names`: published name -> parameter. False, and nothing is changed, where the model is spread
-    over ranks or lies on another device or in another dtype than the views.
+    over ranks, lies on another device or in another dtype than the views, or has other parameters.
     """
     if backend.ranks.size > 1:
         return False
     parameters = dict(backend.model.named_parameters(remove_duplicate=False))
+    if any(names[name] not in parameters for name in views):  # merged for the publish
+        return False
     pairs = [(parameters[names[name]], view) for name, view in views.items()]
     if any(mine.device != view.device or mine.dtype != view.dtype for mine, view in pairs):
         return False
     for mine, view in pairs:
         mine.data = view
+    release_freed_memory()  # the parameters' own, which the trainer's allocator would keep
     return True
 
 
