@@ -13,6 +13,7 @@ Runs on the CPU; `device = "cuda"` goes through the same code, untested on a GPU
 """
 
 import asyncio
+import gc
 import queue
 import time
 
@@ -123,6 +124,7 @@ class TorchEngine:
             pause_s = await future
             self._receiver.serving(received)
             if not self._served:  # what `start` loaded is free now
+                gc.collect()
                 release_freed_memory()
                 self._served = True
         return UpdateReport(

@@ -53,7 +53,14 @@ def trainer(pipe: Connection, model: str, channel: str) -> None:
 
 async def serve(pipe: Connection, model: str, rank: int) -> None:
     """The engine's process: takes what is published, generates, tells its size."""
-    engine = TorchEngine(EngineSettings(model_path=model, max_context=128, lora_rank=rank))
+    engine = TorchEngine(
+        EngineSettings(
+            model_path=model,
+            max_context=32,
+            max_concurrency=1,  # next to no KV cache: the weights are what is measured
+            lora_rank=rank,
+        )
+    )
     await engine.start()
     for version in (0, 1):
         await engine.update_weights(pipe.recv(), "recompute")

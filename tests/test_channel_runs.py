@@ -1,8 +1,6 @@
 """`loopwright train` over every channel and placement that a machine without a GPU can have."""
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +8,10 @@ import pytest
 
 from loopwright.configs.load import ConfigError, load
 from loopwright.configs.schema import Config
-from loopwright.orchestrator.cli import DONE, STOPPED
+from loopwright.orchestrator.cli import DONE
 from loopwright.orchestrator.placement import Plan, needs, plan
 from loopwright.orchestrator.replay import replay
 from loopwright.orchestrator.resources import Resources
-from tests import driven_run
 from tests.tiny_run import train, write_config
 
 COLLECTIVE = 'rollout.channel_options={carrier="collective"}'
@@ -53,29 +50,6 @@ def test_a_run_over_each_channel(
     assert not events(folder, "publish_again") and not events(folder, "actor_lost")
     if "model.lora_rank=4" in overrides:
         assert all(step.equal for step in replay(folder))
-
-
-def test_on_ray_the_chain_of_engines_is_formed_anew_after_one_died(tmp_path: Path) -> None:
-    """Two engines behind a lossless delta over the network; one is killed and comes back."""
-    config = driven_run.write_config(
-        tmp_path,
-        driven_run.build_policy(tmp_path / "model"),
-        environment="Slow",
-        address="local",
-        steps=400,
-        max_lag=1,
-    )
-    overrides = ("rollout.engines=2", "rollout.channel=delta", COLLECTIVE, "run.eval_every=0")
-    with driven_run.DrivenRun(config, *overrides) as run:
-        run.wait("step 2", lambda: run.steps() >= 2)
-        os.kill(run.pid("rollout 1"), signal.SIGKILL)
-        run.wait("rollout 1 back", lambda: run.count("actor_back", "rollout 1") == 1)
-        step = run.steps()
-        run.wait("two more publishes", lambda: run.steps() >= step + 2)
-        os.kill(run.process.pid, signal.SIGTERM)
-        assert run.finish() == STOPPED, run.errors()
-        assert run.count("actor_lost", "rollout 0") == 0, "the other one serves on"
-        assert run.processes() == []
 
 
 def planned(tmp_path: Path, has: Resources, *overrides: str) -> tuple[Config, Plan]:
