@@ -85,7 +85,8 @@ def dry_run(backend: TrainerBackend, *, longest: int) -> DryRun:
     settings = backend.settings
     micro = _largest(settings, longest)
     rows, columns = micro.input_ids.shape
-    meter = MemoryMeter(vocab=int(backend.model.config.vocab_size))
+    vocab = int(backend.model.config.vocab_size)
+    meter = MemoryMeter(vocab=vocab, resized=backend.ranks.size > 1)
     for kind, tensors in backend.held().items():
         meter.hold(kind, tensors)
     cuda = torch.device(settings.device).type == "cuda"
@@ -144,6 +145,8 @@ def _twice(backend: TrainerBackend, micro: MicroBatch, meter: MemoryMeter) -> No
             if with_gradient:
                 with meter.phase("backward"):
                     backend.backward(loss)
+                grads = [p.grad for p in backend.model.parameters() if p.grad is not None]
+                meter.hold("gradients", map(local, grads))
             del loss
 
 

@@ -28,11 +28,13 @@ class MemoryMeter(TorchDispatchMode):
 
     A storage born under `phase("optimizer")` is of the optimizer; one whose last dimension is
     `vocab` is of the logits; one that reaches a parameter as its gradient, or has the shape of a
-    trained matrix in the backward pass, is a gradient; everything else is an activation.
+    trained matrix in the backward pass, is a gradient; one that is emptied and filled again holds
+    weights gathered from ranks (FSDP2); everything else is an activation.
     """
 
-    def __init__(self, *, vocab: int) -> None:
-        """Nothing is counted yet. `vocab` is the width of the logits."""
+    def __init__(self, *, vocab: int, resized: bool = False) -> None:
+        """Nothing is counted yet. `vocab` is the width of the logits. `resized`: storages may be
+        emptied and filled again, and are looked at after each operator."""
         super().__init__()
         self._vocab = vocab
         self._phase = "forward"
@@ -40,13 +42,18 @@ class MemoryMeter(TorchDispatchMode):
         self._class: dict[int, str] = {}
         self._living: dict[int, int] = {}  # address of the storage -> its number in the ledger
         self._references: dict[int, weakref.ref[Any]] = {}
+        self._resized = resized
+        self._sizes: dict[int, int] = {}  # of living storages, by number, where they may change
         self._trained: set[tuple[int, ...]] = set()
         self.failed_on = ""  # class of what an operator that raised was to make
 
     def hold(self, kind: str, tensors: Iterable[Tensor]) -> None:
-        """Enter tensors that exist before the measurement, of class `kind`."""
+        """Enter tensors of class `kind`, or say of those entered already that they are of it."""
         for tensor in tensors:
             self._enter(tensor, kind)
+            number = self._living.get(tensor.untyped_storage()._cdata)
+            if number is not None:
+                self._class[number] = kind
 
     @contextmanager
     def gradients_of(self, parameters: Iterable[Tensor]) -> Iterator[None]:
@@ -105,6 +112,7 @@ class MemoryMeter(TorchDispatchMode):
             raise
         for tensor in _tensors(out):
             self._enter(tensor, self._guess(tensor))
+        self._follow()
         return out
 
     def _kind_of_result(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> str:
@@ -125,6 +133,16 @@ class MemoryMeter(TorchDispatchMode):
             return "gradients"
         return "activations"
 
+    def _follow(self) -> None:
+        """Storages are resized without an operator that could be seen."""
+        for number, size_bytes in list(self._sizes.items()):
+            reference = self._references.get(number)
+            storage = reference() if reference is not None else None
+            if storage is not None and storage.nbytes() != size_bytes:
+                self._ledger.append((number, storage.nbytes() - size_bytes))
+                self._sizes[number] = storage.nbytes()
+                self._class[number] = "weights"
+
     def _enter(self, tensor: Tensor, kind: str) -> None:
         storage = tensor.untyped_storage()
         address, size_bytes = storage._cdata, storage.nbytes()
@@ -136,15 +154,15 @@ class MemoryMeter(TorchDispatchMode):
         self._ledger.append((number, size_bytes))
 
         def freed(_: object) -> None:
-            self._ledger.append((number, -size_bytes))
+            self._ledger.append((number, -self._sizes.pop(number, size_bytes)))
             del self._living[address], self._references[number]
 
         self._references[number] = weakref.ref(storage, freed)
+        if self._resized:
+            self._sizes[number] = size_bytes
 
     def _is_gradient(self, gradient: Tensor) -> None:
-        if _wraps(gradient):
-            return
-        number = self._living.get(gradient.untyped_storage()._cdata)
+        number = self._living.get(local(gradient).untyped_storage()._cdata)
         if number is not None:
             self._class[number] = "gradients"
 

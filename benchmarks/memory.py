@@ -21,6 +21,7 @@ from typing import Any
 
 ROWS = {"10M": 4, "50M": 2, "140M": 1}
 COLUMNS, CHUNK = 128, 64
+WARM = {"vocab": 300, "hidden": 32, "inner": 48, "layers": 1}
 SHAPES: Mapping[str, dict[str, int]] = {
     "10M": {"vocab": 16_000, "hidden": 256, "inner": 768, "layers": 6},
     "50M": {"vocab": 32_000, "hidden": 512, "inner": 1536, "layers": 10},
@@ -37,12 +38,11 @@ CASES: Mapping[str, tuple[str, dict[str, Any], int, str]] = {
 }
 
 
-def make_model(size: str, folder: Path) -> int:
+def make_model(shape: Mapping[str, int], folder: Path) -> int:
     """Write a randomly initialised model to `folder`; its number of parameters."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    shape = SHAPES[size]
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(
         Qwen3Config(
@@ -73,7 +73,8 @@ def _forget_peak() -> None:
 
 
 def measure(size: str, case: str, folder: str, small: str) -> dict[str, float]:
-    """One case, in this process. `small` is a model to load everything with first."""
+    """One case, in this process. `small` is a tiny model to load everything with first: what it
+    takes, the allocator keeps."""
     import dataclasses
 
     import numpy as np
@@ -224,15 +225,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = Path(arguments.out)
     results: dict[str, dict[str, float]] = json.loads(out.read_text()) if out.exists() else {}
     with tempfile.TemporaryDirectory() as scratch:
-        small = Path(scratch) / "10M"
-        make_model("10M", small)
+        small = Path(scratch) / "warm"
+        make_model(WARM, small)
         for size in arguments.sizes.split(","):
             folder = Path(scratch) / size
             parameters = 0
             for case in arguments.optimizers.split(","):
                 if f"{size}/{case}" in results:
                     continue
-                parameters = parameters or make_model(size, folder)
+                parameters = parameters or make_model(SHAPES[size], folder)
                 command = [sys.executable, __file__, "--one", size, case, str(folder), str(small)]
                 done = subprocess.run(command, capture_output=True, text=True, timeout=900)
                 if done.returncode:
