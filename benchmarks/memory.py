@@ -6,11 +6,14 @@
 
 Each case runs in a process of its own: resident memory is taken before the model is loaded, and its
 high-water mark after the dry run and after a real step of two such micro-batches. The count and the
-high-water mark do not know of each other; `plan` knows neither. Results go to a JSON file, case by
+high-water mark do not know of each other; `plan` knows neither. For the dry run freed memory is
+returned to the system; for the step it is kept, as the trainer does for speed, and the holes
+between what lives are resident too. Results go to a JSON file, case by
 case, and cases it holds already are not run again.
 """
 
 import argparse
+import ctypes
 import json
 import subprocess
 import sys
@@ -72,6 +75,15 @@ def _forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def _return_freed() -> None:
+    """Let glibc hand freed memory back, as it does unless it is told to keep it: else holes between
+    what lives count as resident."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 128 << 10)  # M_MMAP_THRESHOLD
+    libc.mallopt(-1, 128 << 10)  # M_TRIM_THRESHOLD
+    libc.malloc_trim(0)
+
+
 def measure(size: str, case: str, folder: str, small: str) -> dict[str, float]:
     """One case, in this process. `small` is a tiny model to load everything with first: what it
     takes, the allocator keeps."""
@@ -79,6 +91,7 @@ def measure(size: str, case: str, folder: str, small: str) -> dict[str, float]:
 
     import numpy as np
 
+    from loopwright.actors.allocator import keep_freed_memory
     from loopwright.actors.dry_run import dry_run
     from loopwright.actors.torch_backend import TorchBackend
     from loopwright.actors.trainer_backend import TrainerSettings
@@ -100,11 +113,14 @@ def measure(size: str, case: str, folder: str, small: str) -> dict[str, float]:
     warm = TorchBackend(dataclasses.replace(settings, model_path=small))
     dry_run(warm, longest=16)
     del warm
+    _return_freed()
     before = _status("VmRSS")
     backend = TorchBackend(settings)
+    _return_freed()
     _forget_peak()
     found = dry_run(backend, longest=COLUMNS)
     dry = _status("VmHWM") - before
+    keep_freed_memory()  # as the trainer runs
     _forget_peak()
     count = 2 * rows
     mask = np.ones(count * COLUMNS, dtype=bool)
@@ -192,7 +208,7 @@ def heads() -> dict[str, float]:
 
 def _table(results: Mapping[str, Mapping[str, float]]) -> str:
     lines = [
-        "| model | trainer | planned MB | counted MB | resident MB, dry run | resident MB, step | "
+        "| model | trainer | planned MB | counted MB | resident MB, returned | resident MB, kept | "
         "planned / counted | counted / resident |",
         "|---|---|---|---|---|---|---|---|",
     ]
