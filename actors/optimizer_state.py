@@ -14,6 +14,7 @@ from torch import Tensor
 from loopwright.actors.trainer_backend import BackendError
 
 Leaf = Tensor | int | str | None
+MASTER = "master"  # key of the fp32 weights beside bf16 ones, in every backend
 
 
 def leaves(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Leaf]:

@@ -25,6 +25,9 @@ BACKENDS: Mapping[str, Mapping[str, Backend]] = {
     "trainer.backend": {
         "torch": Backend(target="loopwright.actors.torch_backend:TorchBackend"),
         "fsdp2": Backend(target="loopwright.actors.fsdp2_backend:FSDP2Backend"),
+        "deepspeed": Backend(
+            target="loopwright.actors.deepspeed_backend:DeepSpeedBackend", extra="deepspeed"
+        ),
     },
     "rollout.engine": {
         "torch": Backend(target="loopwright.actors.torch_engine:TorchEngine"),

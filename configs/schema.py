@@ -310,7 +310,7 @@ class AlgorithmConfig(_Table):
 class TrainerConfig(_Table):
     """[trainer] The optimizer step."""
 
-    backend: Literal["torch", "fsdp2"] = Field(
+    backend: Literal["torch", "fsdp2", "deepspeed"] = Field(
         "torch", description="one process, or ranks that share weights and optimizer states"
     )
     backend_options: dict[str, Any] = Field(

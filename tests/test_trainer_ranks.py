@@ -46,20 +46,70 @@ def _settings(policy: str, **options: Any) -> TrainerSettings:
     return TrainerSettings(model_path=policy, **{**defaults, **options})
 
 
+FSDP2: dict[str, Any] = {"backend": "fsdp2", "ranks": 2}
+
+
+def zero(stage: int, **options: Any) -> dict[str, Any]:
+    """Settings of two DeepSpeed ranks."""
+    return {
+        "backend": "deepspeed",
+        "ranks": 2,
+        "backend_options": {"zero_stage": stage, **options},
+    }
+
+
+def _assert_same(
+    one: tuple[dict[str, np.ndarray], dict[str, float]],
+    ranks: list[tuple[dict[str, np.ndarray], dict[str, float]]],
+) -> None:
+    for weights, metrics in ranks:
+        assert weights.keys() == one[0].keys()
+        for name, value in one[0].items():
+            np.testing.assert_allclose(weights[name], value, atol=1e-5, err_msg=name)
+        for name, number in one[1].items():
+            if "time/" not in name and "per_s" not in name:
+                assert metrics[name] == pytest.approx(number, rel=1e-3, abs=1e-5), name
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"epochs": 2},
         {"critic": True, "lam": 0.9, "loss": LossSettings(kl="k3", kl_coef=0.1, level="turn")},
         {"lora_rank": 2, "loss": LossSettings(kl="k1", kl_in="reward", mismatch="geometric_is")},
+        {"gradient_checkpointing": True, "logprob_chunk": 7},
+        {"loss": LossSettings(level="trajectory")},
+        {"loss": LossSettings(loss="gspo"), "pack": True},
     ],
-    ids=["plain", "critic and reference", "adapters off"],
+    ids=["plain", "critic, reference", "adapters", "checkpointing", "trajectory", "packed"],
 )
-def test_two_ranks(policy: str, world: RankWorld, options: dict[str, Any]) -> None:
-    one, metrics = _trained(None, _settings(policy, **options), 3)
-    for two, same in world.run(_trained, _settings(policy, **options, backend="fsdp2", ranks=2), 3):
-        for name, value in one.items():
-            np.testing.assert_allclose(two[name], value, atol=1e-5, err_msg=name)
-        for name, value in metrics.items():
-            if "time" not in name and "per_s" not in name:
-                assert same[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+def test_fsdp2_on_two_ranks_equals_one_process(
+    policy: str, world: RankWorld, options: dict[str, Any]
+) -> None:
+    one = _trained(None, _settings(policy, **options), 3)
+    _assert_same(one, world.run(_trained, _settings(policy, **FSDP2, **options), 3))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_zero_on_two_ranks_equals_one_process(
+    policy: str, world: RankWorld, stage: int, optimizer: str
+) -> None:
+    same = {"optimizer": optimizer, "lr": 1e-3 if optimizer == "adamw" else 1e-1}
+    one = _trained(None, _settings(policy, **same), 3)
+    _assert_same(one, world.run(_trained, _settings(policy, **zero(stage), **same), 3))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("kind", ["critic, reference, offload", "adapters, checkpointing"])
+def test_zero_serves_all_that_a_step_may_ask(
+    policy: str, world: RankWorld, stage: int, kind: str
+) -> None:
+    # adapters: without states and decay, see `FlatOptimizer` on gradients that are all zero
+    options: dict[str, Any] = {"lora_rank": 2, "gradient_checkpointing": True}
+    options |= {"optimizer": "sgd", "lr": 1e-1, "weight_decay": 0.0}
+    if kind.startswith("critic"):
+        options = {"critic": True, "loss": LossSettings(kl="k3", kl_coef=0.1)}
+    one = _trained(None, _settings(policy, **options), 3)
+    cut = zero(stage, offload=kind.endswith("offload"))
+    _assert_same(one, world.run(_trained, _settings(policy, **cut, **options), 3))
