@@ -151,6 +151,7 @@ def _limits(c: Config) -> Iterator[tuple[bool, str, str]]:
         f"less than algorithm.mismatch_cap = {c.algorithm.mismatch_cap}",
     )
     yield from _channel_limits(c)
+    yield from _rank_limits(c)
     yield (
         c.algorithm.dual_clip == 0 or c.algorithm.dual_clip > 1,
         "algorithm.dual_clip",
@@ -169,6 +170,31 @@ def _device_limits(c: Config) -> Iterator[tuple[bool, str, str]]:
         c.trainer.gradient_checkpointing != "offload" or c.model.device != "cpu",
         "trainer.gradient_checkpointing",
         '"on" or "off": with model.device = "cpu" activations are in host memory already',
+    )
+
+
+def _rank_limits(c: Config) -> Iterator[tuple[bool, str, str]]:
+    """What several trainer processes ask for."""
+    ranks = c.trainer.ranks
+    yield (
+        ranks == 1 or c.trainer.backend != "torch",
+        "trainer.backend",
+        f"'fsdp2' or 'deepspeed': trainer.ranks = {ranks}, and 'torch' is one process",
+    )
+    yield (
+        ranks == 1 or c.cluster.address != "none",
+        "cluster.address",
+        f"'auto' or 'local': trainer.ranks = {ranks} are processes, which Ray starts",
+    )
+    yield (
+        ranks == 1 or c.cluster.placement != "colocated",
+        "cluster.placement",
+        f"'auto' or 'disaggregated': every one of trainer.ranks = {ranks} has a device of its own",
+    )
+    yield (
+        not c.trainer.backend_options or c.trainer.backend != "torch",
+        "trainer.backend_options",
+        "none: trainer.backend = 'torch' has no options",
     )
 
 

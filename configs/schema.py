@@ -313,6 +313,9 @@ class TrainerConfig(_Table):
     backend: Literal["torch", "fsdp2", "deepspeed"] = Field(
         "torch", description="one process, or ranks that share weights and optimizer states"
     )
+    ranks: int = Field(
+        1, ge=1, description="trainer processes, each with its share of weights and batch"
+    )
     backend_options: dict[str, Any] = Field(
         default_factory=dict, description="passed to the backend named above, and to no other"
     )

@@ -21,6 +21,7 @@ from loopwright.orchestrator import placement
 from loopwright.orchestrator.cluster import Actor, Cluster, Placement, connect
 from loopwright.orchestrator.faults import Refused, RestartBudget
 from loopwright.orchestrator.pool import Deadlines, FaultLimits, Pool
+from loopwright.orchestrator.ranked_trainer import RankedTrainer
 from loopwright.orchestrator.recorder import Recorder
 from loopwright.orchestrator.samplers import Draws
 from loopwright.orchestrator.sampling_record import SamplingRecord
@@ -132,23 +133,7 @@ def spawn(
     plan = placement.plan(config, cluster.resources)
     recorder.event("placement", channel=plan.channel, carrier=plan.carrier, why=str(plan))
     recorder.phase(str(plan))
-    share = placement.shares(config, plan)
-    trainer = cluster.spawn(
-        "trainer",
-        "loopwright.actors.trainer:Trainer",
-        (
-            trainer_settings(config, model_path),
-            config.run.name,
-            0,
-            channel_settings(config, plan, alone=cluster.alone),
-        ),
-        Placement(
-            cpus=config.trainer.threads * share,
-            gpus=_gpus(config) * share,
-            threads=config.trainer.threads,
-            shares_memory=True,
-        ),
-    )
+    trainer = _spawn_trainer(cluster, config, model_path, plan, recorder)
     engines = [
         _spawn_engine(cluster, config, model_path, plan, i) for i in range(config.rollout.engines)
     ]
@@ -195,6 +180,39 @@ def spawn(
         sampling=sampling,
     )
     return Actors(pool=pool, training=training, plan=plan)
+
+
+def _spawn_trainer(
+    cluster: Cluster, config: Config, model_path: str, plan: placement.Plan, recorder: Recorder
+) -> Actor:
+    """The trainer, one process a rank."""
+    settings, share = trainer_settings(config, model_path), placement.shares(config, plan)
+    count = config.trainer.ranks
+    ranks = [
+        cluster.spawn(
+            "trainer" if count == 1 else f"trainer rank {rank}",
+            "loopwright.actors.trainer:Trainer",
+            (
+                settings,
+                config.run.name,
+                rank,
+                channel_settings(config, plan, alone=cluster.alone),
+            ),
+            Placement(
+                cpus=config.trainer.threads * share,
+                gpus=_gpus(config) * share,
+                threads=config.trainer.threads,
+                shares_memory=True,
+            ),
+        )
+        for rank in range(count)
+    ]
+    if count == 1:
+        return ranks[0]
+    c = config.cluster
+    return RankedTrainer(
+        ranks, join_s=c.start_timeout_s, exchange_s=c.step_timeout_s, event=recorder.event
+    )
 
 
 def _spawn_engine(
@@ -306,6 +324,7 @@ def trainer_settings(config: Config, model_path: str) -> Any:
         lora_alpha=m.lora_alpha,
         lora_targets=m.lora_targets,
         backend=t.backend,
+        ranks=t.ranks,
         backend_options=t.backend_options,
         optimizer=t.optimizer,
         optimizer_options=t.optimizer_options,

@@ -49,7 +49,9 @@ def needs(config: Config, has: Resources) -> Needs:
     """What all actors of a run ask for."""
     chosen, r = plan(config, has), config.rollout
     gpus = 1.0 if config.model.device == "cuda" else 0.0
-    engine, trainer = (float(r.threads), gpus), (float(config.trainer.threads), gpus)
+    ranks = config.trainer.ranks
+    engine = (float(r.threads), gpus)
+    trainer = (float(config.trainer.threads * ranks), gpus * ranks)
     workers = (_WORKER_CPUS,) * config.environment.workers
     if chosen.colocated:
         cpus = max(trainer[0], engine[0] * r.engines)
@@ -57,13 +59,13 @@ def needs(config: Config, has: Resources) -> Needs:
     if chosen.carrier == "collective":
         return Needs(
             one_node_cpus=trainer[0],
-            one_node_gpus=gpus,
+            one_node_gpus=trainer[1],
             engines=(engine,) * r.engines,
             elsewhere_cpus=workers,
         )
     return Needs(
         one_node_cpus=trainer[0] + engine[0] * r.engines,
-        one_node_gpus=gpus * (1 + r.engines),
+        one_node_gpus=gpus * (ranks + r.engines),
         elsewhere_cpus=workers,
     )
 
@@ -86,6 +88,9 @@ def _placement(config: Config, has: Resources) -> tuple[bool, str]:
     asked, r = config.cluster.placement, config.rollout
     if asked != "auto":
         return asked == "colocated", "as configured"
+    ranks = config.trainer.ranks
+    if ranks > 1:
+        return False, f"trainer.ranks = {ranks}: every rank has a device of its own"
     if r.max_lag > 0:
         return False, f"rollout.max_lag = {r.max_lag} overlaps generation and training"
     if config.model.device == "cuda":
@@ -120,8 +125,9 @@ def _one_node(config: Config, has: Resources, colocated: bool) -> bool:
     r = config.rollout
     if colocated:
         return True
-    cpus = config.trainer.threads + r.engines * r.threads
-    gpus = 1 + r.engines if config.model.device == "cuda" else 0
+    ranks = config.trainer.ranks
+    cpus = config.trainer.threads * ranks + r.engines * r.threads
+    gpus = ranks + r.engines if config.model.device == "cuda" else 0
     return len(has.nodes) < 2 or any(c >= cpus and g >= gpus for c, g in has.nodes)
 
 

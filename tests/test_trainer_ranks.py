@@ -77,7 +77,7 @@ def _assert_same(
         {"epochs": 2},
         {"critic": True, "lam": 0.9, "loss": LossSettings(kl="k3", kl_coef=0.1, level="turn")},
         {"lora_rank": 2, "loss": LossSettings(kl="k1", kl_in="reward", mismatch="geometric_is")},
-        {"gradient_checkpointing": True, "logprob_chunk": 7},
+        {"gradient_checkpointing": "on", "logprob_chunk": 7},
         {"loss": LossSettings(level="trajectory")},
         {"loss": LossSettings(loss="gspo"), "pack": True},
     ],
@@ -106,7 +106,7 @@ def test_zero_serves_all_that_a_step_may_ask(
     policy: str, world: RankWorld, stage: int, kind: str
 ) -> None:
     # adapters: without states and decay, see `FlatOptimizer` on gradients that are all zero
-    options: dict[str, Any] = {"lora_rank": 2, "gradient_checkpointing": True}
+    options: dict[str, Any] = {"lora_rank": 2, "gradient_checkpointing": "on"}
     options |= {"optimizer": "sgd", "lr": 1e-1, "weight_decay": 0.0}
     if kind.startswith("critic"):
         options = {"critic": True, "loss": LossSettings(kl="k3", kl_coef=0.1)}
