@@ -12,7 +12,7 @@ checkpoint fits another number of ranks, another stage, and the other backends.
 
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from loopwright.actors import optimizer_state, published
 from loopwright.actors.critic import build_critic
+from loopwright.actors.dry_run import held_tensors
 from loopwright.actors.flat_optimizer import FlatOptimizer
 from loopwright.actors.optimizer_choice import optimizer_options, set_rate
 from loopwright.actors.packed_forward import MicroBatch, Sequences
@@ -79,6 +80,7 @@ class DeepSpeedBackend:
         self.optimizer = FlatOptimizer(
             self._trained.values(), settings.optimizer, optimizer_options(settings)
         )
+        self.forward_only = False
         self.critic = build_critic(settings, self.model.config.hidden_size)
         self._engine = self._initialize(self.model, self.optimizer)
         self._reference = self._load_reference()
@@ -170,6 +172,9 @@ class DeepSpeedBackend:
         self._engine.step()
         return math.nan if self._zero.overflow else float(self._zero._global_grad_norm)
 
+    def descend(self, rate: float, loss: Callable[[], float]) -> float:
+        raise BackendError("DeepSpeed has element-wise optimizers only, none of them forward-only")
+
     def drop_gradient(self) -> None:
         self._zero.zero_grad(set_to_none=True)
         if self._options.zero_stage == 3:
@@ -205,6 +210,18 @@ class DeepSpeedBackend:
 
     def published_buckets(self, size_bytes: int = BUCKET_BYTES) -> Iterator[dict[str, Tensor]]:
         return published.buckets(self._published, self.gather, size_bytes)
+
+    def held(self) -> dict[str, list[Tensor]]:
+        critics = [] if self.critic is None else [self.critic]
+        found = held_tensors(
+            (self.model, self._reference, *(c.head for c in critics)),
+            (self.optimizer, *(c.optimizer for c in critics)),
+        )
+        if self._options.zero_stage == 3:  # parameters are empty, their pieces lie beside them
+            cut: list[Any] = list(self.model.parameters())
+            found["weights"] = [p.ds_tensor for p in cut] + list(self.model.buffers())
+        found["optimizer"] += self._pieces()
+        return found
 
     def optimizer_buckets(self, size_bytes: int = BUCKET_BYTES) -> Iterator[dict[str, Tensor]]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -248,8 +265,8 @@ class DeepSpeedBackend:
             for key in keys:
                 value = read(f"{name}/{key}", None).float()
                 self._set_piece(parameter, value, None if key == optimizer_state.MASTER else key)
-        steps = set(numbers["state"].values())
-        if len(steps) > 1:
+        counts = {(path.rpartition("/")[2], value) for path, value in numbers["state"].items()}
+        if len(counts) > len({key for key, _ in counts}):
             raise BackendError(
                 "the saved optimizer has updated some parameters more often than others; ZeRO "
                 "keeps one count for all: go on with the torch or FSDP2 backend"

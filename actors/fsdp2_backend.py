@@ -6,23 +6,32 @@ are DTensors [rows / ranks, …], so an optimizer sees matrices, not flat pieces
 over the ranks, not averaged: the weights of the loss already divide by the whole minibatch.
 """
 
-import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from loopwright.actors import optimizer_state, published
 from loopwright.actors.critic import build_critic
 from loopwright.actors.dry_run import held_tensors
-from loopwright.actors.optimizer_choice import build_optimizer, set_rate
+from loopwright.actors.optimizer_choice import (
+    build_optimizer,
+    descend,
+    is_forward_only,
+    update,
+)
 from loopwright.actors.packed_forward import MicroBatch, Sequences
 from loopwright.actors.policy_model import (
     ActionLogprobs,
@@ -54,6 +63,7 @@ class FSDP2Backend:
         reference = load_reference(settings, device="cpu")
         self._reference = None if reference is None else self._sharded(reference, offload)
         self._current = self._logprobs  # what `forward` computes with
+        self.forward_only = is_forward_only(settings)
         self.critic = build_critic(settings, self.model.config.hidden_size)
         self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -63,8 +73,9 @@ class FSDP2Backend:
         whole = ActionLogprobs(model, chunk=self.settings.logprob_chunk)
         mesh = init_device_mesh(self.settings.device, (self.ranks.size,))
         policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+        precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         for part in (*blocks(model), whole):
-            sharded = fully_shard(part, mesh=mesh, offload_policy=policy)
+            sharded = fully_shard(part, mesh=mesh, offload_policy=policy, mp_policy=precision)
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
         return whole
@@ -82,11 +93,16 @@ class FSDP2Backend:
         return sequence_logprobs(self, sequences, chosen, temperature=temperature)
 
     def forward(self, micro: MicroBatch, *, temperature: float) -> Tensor:
-        return self._current(micro, temperature)
+        logprobs = self._current(micro, temperature)
+        if not torch.is_grad_enabled():
+            _cut_again(self._current)
+        return logprobs
 
     def states(self, micro: MicroBatch) -> Tensor:
         with torch.no_grad():
-            return self._logprobs(micro, 1.0, states=True)
+            found = self._logprobs(micro, 1.0, states=True)
+        _cut_again(self._logprobs)
+        return found
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -101,14 +117,15 @@ class FSDP2Backend:
         loss.backward()
 
     def update(self, rate: float, limit: float) -> float:
-        norm = float(_whole(nn.utils.clip_grad_norm_(self._trained, limit)))
-        if math.isfinite(norm):
-            set_rate(self.optimizer, rate)
-            self.optimizer.step()
-        return norm
+        return update(self.optimizer, rate, limit)
+
+    def descend(self, rate: float, loss: Callable[[], float]) -> float:
+        return descend(self.optimizer, rate, loss)
 
     def drop_gradient(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self._trained:  # also of those that the optimizer leaves as they are
+            parameter.grad = None
 
     def gather(self, names: Sequence[str]) -> dict[str, Tensor]:
         return {name: _whole(self._parameters[name].detach()) for name in names}
@@ -160,6 +177,12 @@ def _offload(settings: TrainerSettings) -> bool:
             "or false (parameters, gradients and optimizer states in host memory)"
         )
     return offload
+
+
+def _cut_again(module: Any) -> None:
+    """Forget the gathered embedding, norm and output layer, which else wait for a backward pass:
+    they would be stale once the rows are changed by anything but that pass's optimizer step."""
+    module.reshard()
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -18,29 +18,41 @@ class LoraError(ValueError):
     """Adapters that cannot be added as asked."""
 
 
+# kind: (peft's configuration, how it calls rank and alpha, what else makes the kind)
+_KINDS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "lora": ("LoraConfig", "r", "lora_alpha", {}),  # alpha/r · B·A (Hu et al. 2021)
+    "rslora": ("LoraConfig", "r", "lora_alpha", {"use_rslora": True}),  # alpha/√r (Kalajdzievski)
+    "dora": ("LoraConfig", "r", "lora_alpha", {"use_dora": True}),  # and a norm a row (Liu 2024)
+    "loha": ("LoHaConfig", "r", "alpha", {}),  # product of two LoRAs, entry by entry
+    "lokr": ("LoKrConfig", "r", "alpha", {}),  # Kronecker product
+    "hra": ("HRAConfig", "r", "", {}),  # W times r Householder reflections
+    "miss": ("MissConfig", "r", "", {}),  # one matrix, shared over slices of the input
+    "oft": ("OFTConfig", "oft_block_size", "", {"r": 0}),  # W times rotations of blocks of `rank`
+}
+
+
 def add_adapters(
-    model: PreTrainedModel, *, rank: int, alpha: float, targets: str
+    model: PreTrainedModel, *, kind: str, rank: int, alpha: float, targets: str
 ) -> PreTrainedModel:
-    """Freeze `model`, add trainable adapters in place to its linear layers and return it.
+    """Freeze `model`, add trainable adapters of a `kind` in place to its linear layers, return it.
 
-    `targets` is "all-linear" (every linear layer but the output layer) or a regular expression of
-    module names. The update of a layer is alpha / rank · B·A (LoRA, Hu et al. 2021). Raises
-    `LoraError` if nothing matches.
+    At first they change nothing. `targets` is "all-linear" (every linear layer but the output
+    layer) or a regular expression of module names. Raises `LoraError` if nothing matches.
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    import peft
 
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=targets,
-        lora_dropout=0.0,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
+    name, rank_option, alpha_option, more = _KINDS[kind]
+    options = {rank_option: rank, "target_modules": targets, "task_type": "CAUSAL_LM", **more}
+    if alpha_option:
+        options[alpha_option] = alpha
+    config = getattr(peft, name)(**options)
     try:
-        model = inject_adapter_in_model(config, model)
+        model = peft.inject_adapter_in_model(config, model)
     except ValueError as error:
-        raise LoraError(f"model.lora_targets={targets!r}: {error}") from error
+        raise LoraError(
+            f"model.adapter={kind!r}, model.lora_rank={rank}, model.lora_targets={targets!r}: "
+            f"{error}"
+        ) from error
     if model.config.tie_word_embeddings and "lm_head" in adapted_layers(model):
         raise LoraError(
             f"model.lora_targets={targets!r} matches lm_head, which this model shares with its "

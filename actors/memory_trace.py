@@ -39,6 +39,7 @@ AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
 class Adapters:
     """LoRA as [model] has it; rank 0: none."""
 
+    kind: str = "lora"
     rank: int = 0
     alpha: float = 32.0
     targets: str = "all-linear"
@@ -163,6 +164,7 @@ def _build(config: Any, work: Work) -> PreTrainedModel:
 
             model = add_adapters(
                 model,
+                kind=work.adapters.kind,
                 rank=work.adapters.rank,
                 alpha=work.adapters.alpha,
                 targets=work.adapters.targets,

@@ -21,17 +21,11 @@ class ModelError(Exception):
 
 
 def load_model(model_path: str, *, dtype: str, device: str) -> PreTrainedModel:
-    """The causal LM at `model_path` in float32 and evaluation mode.
+    """The causal LM at `model_path` in `dtype` and evaluation mode.
 
     Evaluation mode is on purpose: dropout would make current logprobs differ from the sampler's.
-    Raises `ModelError` for a path that holds no model and for dtypes without float32 master
-    weights.
+    Raises `ModelError` for a path that holds no model.
     """
-    if dtype != "float32":
-        raise ModelError(
-            f"trainer dtype {dtype!r}: AdamW updates below about 1/256 of a weight vanish in "
-            'bfloat16, and float32 master weights are not built yet; set model.dtype = "float32"'
-        )
     looks_local = model_path.startswith((".", "/", "~")) or Path(model_path).exists()
     folder = Path(model_path).expanduser()
     if looks_local and not (folder / "config.json").is_file():
@@ -43,7 +37,7 @@ def load_model(model_path: str, *, dtype: str, device: str) -> PreTrainedModel:
         with LOADING:
             model = AutoModelForCausalLM.from_pretrained(
                 str(folder) if looks_local else model_path,
-                dtype=torch.float32,
+                dtype=getattr(torch, dtype),
                 attn_implementation="sdpa",
             )
     except (OSError, ValueError) as error:

@@ -1,5 +1,7 @@
 """From settings to an optimizer, for backends that hand it matrices: whole, or their rows."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from loopwright.actors.out_of_memory import named
 from loopwright.actors.trainer_backend import BackendError, TrainerSettings
 from loopwright.algorithms import optimizers
 from loopwright.algorithms.optimizers.options import resolve
+from loopwright.algorithms.optimizers.zeroth_order import ZerothOrder
 
 # set by keys of their own, because every method has them
 _OF_THE_TRAINER = {"lr": "trainer.lr", "weight_decay": "trainer.weight_decay", "seed": "run.seed"}
@@ -52,3 +55,32 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Use the learning rate `rate` in every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+def update(optimizer: torch.optim.Optimizer, rate: float, limit: float) -> float:
+    """As `TrainerBackend.update`. The norm is of what the update uses: of projected gradients where
+    there is nothing else."""
+    assert isinstance(optimizer, optimizers.Pipeline)
+    set_rate(optimizer, rate)
+    try:
+        norm = optimizer.clip_gradients(limit if math.isfinite(limit) else 0.0)
+    except optimizers.OptimizerError:  # a gradient that is not finite; nothing was changed
+        return math.nan
+    optimizer.step()
+    return norm
+
+
+def is_forward_only(settings: TrainerSettings) -> bool:
+    """Does the optimizer train by losses alone?"""
+    return optimizers.method(settings.optimizer).forward_only
+
+
+def descend(optimizer: torch.optim.Optimizer, rate: float, loss: Callable[[], float]) -> float:
+    """As `TrainerBackend.descend`."""
+    assert isinstance(optimizer, ZerothOrder)
+    set_rate(optimizer, rate)
+    try:
+        optimizer.step(loss)
+    except optimizers.OptimizerError:  # a loss that is not finite; the weights are as they were
+        return math.nan
+    return abs(optimizer.projected_gradient)

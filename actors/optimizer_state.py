@@ -14,6 +14,7 @@ from torch import Tensor
 from loopwright.actors.trainer_backend import BackendError
 
 Leaf = Tensor | int | str | None
+_GROUP = "group "  # and its number, in place of a parameter's name
 MASTER = "master"  # key of the fp32 weights beside bf16 ones, in every backend
 
 
@@ -32,6 +33,10 @@ def leaves(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> dic
                     "saved; expected tensors and whole numbers"
                 )
             found[f"{names[index]}/{key}"] = value
+    for number, group in enumerate(optimizer.param_groups):
+        for key, value in group.items():
+            if isinstance(value, Tensor):
+                found[f"{_GROUP}{number}/{key}"] = value
     return found
 
 
@@ -72,16 +77,19 @@ def load(
     names = _names(optimizer, named)
     index_of = {name: index for index, name in enumerate(names)}
     current = optimizer.state_dict()
+    groups, counted = current["param_groups"], [dict(counts) for counts in saved["groups"]]
     state: dict[int, dict[str, Any]] = {}
     for path, value in {**saved["state"], **tensors}.items():
         name, _, key = path.rpartition("/")
+        if name.startswith(_GROUP):
+            counted[int(name.removeprefix(_GROUP))][key] = value
+            continue
         if name not in index_of:
             raise BackendError(
                 f"the saved optimizer has a state for {name}, which is not trained here: load a "
                 "checkpoint of the same model and the same adapter settings"
             )
         state.setdefault(index_of[name], {})[key] = value
-    groups, counted = current["param_groups"], saved["groups"]
     if len(groups) != len(counted):
         raise BackendError(
             f"the saved optimizer has {len(counted)} parameter groups, this one {len(groups)}: "

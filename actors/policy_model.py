@@ -47,6 +47,7 @@ def load_policy(settings: TrainerSettings, *, device: str) -> Policy:
 
         model = add_adapters(
             model,
+            kind=settings.adapter,
             rank=settings.lora_rank,
             alpha=settings.lora_alpha,
             targets=settings.lora_targets,

@@ -24,6 +24,7 @@ from loopwright.actors.objective import (
 )
 from loopwright.actors.packed_forward import MicroBatch, Sequences, empty_micro_batch, micro_batches
 from loopwright.actors.step_progress import StepProgress
+from loopwright.actors.tally import Tally
 from loopwright.actors.token_advantages import critic_advantages, group_advantages, kl_penalty
 from loopwright.actors.trainer_backend import BackendError, TrainerBackend, learning_rate
 from loopwright.algorithms.losses import loglinear_proximal
@@ -258,6 +259,8 @@ class _Step:
         norm = math.nan
         if abs(log_ratio) > LOG_RATIO_LIMIT:
             progress.stopped_early = math.isfinite(log_ratio)
+        elif math.isfinite(log_ratio) and backend.forward_only:
+            norm = backend.descend(self.rate, lambda: self._loss(chosen, units))
         elif math.isfinite(log_ratio):
             norm = backend.update(self.rate, self.settings.grad_clip or math.inf)
         if math.isfinite(norm):
@@ -267,15 +270,19 @@ class _Step:
         backend.drop_gradient()
 
     def _accumulate_gradient(self, chosen: np.ndarray, units: MinibatchUnits) -> float:
-        """Backward over all micro-batches; returns the sum of the log-ratios over all ranks."""
-        progress = self.progress
+        """Backward over all micro-batches; returns the sum of the log-ratios over all ranks.
+
+        Where the optimizer asks for losses alone, there is no backward pass.
+        """
+        progress, forward_only = self.progress, self.backend.forward_only
         first = not progress.tally.log_ratio_by_minibatch  # before any update: current is proximal
         finds = first and self.settings.proximal == "recomputed"
         found = np.zeros(len(self.proximal), dtype=np.float32)
         total = 0.0
         for micro in self._micro_batches(chosen):
             started = time.perf_counter()
-            lp = self.backend.forward(micro, temperature=self.settings.temperature)
+            with torch.set_grad_enabled(not forward_only):
+                lp = self.backend.forward(micro, temperature=self.settings.temperature)
             logprobs = self._logprobs_of(micro, lp, finds)
             if first:
                 progress.tally.add_mismatch(lp.detach(), logprobs.behavior)
@@ -287,13 +294,25 @@ class _Step:
             total += log_ratio
             middle = time.perf_counter()
             recorded = self._recorded(micro, lp, logprobs.proximal)
-            self.backend.backward(loss)
+            if not forward_only:
+                self.backend.backward(loss)
             if recorded is not None and lp.grad is not None:
                 recorded.gradient[micro.tokens] = lp.grad.cpu().numpy()
             progress.seconds["forward"] += middle - started
             progress.seconds["backward"] += time.perf_counter() - middle
-        if finds and self.settings.epochs > 1:
+        if finds and (forward_only or self.settings.epochs > 1):
             self.proximal = self.proximal + self.backend.ranks.sum(found)
+        return float(self.backend.ranks.sum(np.array([total]))[0])
+
+    def _loss(self, chosen: np.ndarray, units: MinibatchUnits) -> float:
+        """The loss of a minibatch over all ranks under the present weights."""
+        total, unseen = 0.0, Tally()
+        with torch.no_grad():
+            for micro in self._micro_batches(chosen):
+                lp = self.backend.forward(micro, temperature=self.settings.temperature)
+                logprobs = self._logprobs_of(micro, lp, finds=False)
+                loss, _ = weighted_loss(self.settings.loss, units, micro.tokens, logprobs, unseen)
+                total += float(loss)
         return float(self.backend.ranks.sum(np.array([total]))[0])
 
     def _recorded(

@@ -1,18 +1,22 @@
 """The torch backend: model and optimizer in one process."""
 
-import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loopwright.actors import optimizer_state, published
 from loopwright.actors.critic import build_critic
 from loopwright.actors.dry_run import held_tensors
-from loopwright.actors.optimizer_choice import build_optimizer, set_rate
+from loopwright.actors.optimizer_choice import (
+    build_optimizer,
+    descend,
+    is_forward_only,
+    update,
+)
 from loopwright.actors.packed_forward import (
     MicroBatch,
     Sequences,
@@ -45,6 +49,7 @@ class TorchBackend:
         self.model = policy.model
         self._current = self.model  # what `forward` computes with
         self._reference = load_reference(settings, device=settings.device)
+        self.forward_only = is_forward_only(settings)
         self.critic = build_critic(settings, self.model.config.hidden_size)
         self._published = policy.published
         self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
@@ -85,14 +90,15 @@ class TorchBackend:
         loss.backward()
 
     def update(self, rate: float, limit: float) -> float:
-        norm = float(nn.utils.clip_grad_norm_(self._trained, limit))
-        if math.isfinite(norm):
-            set_rate(self.optimizer, rate)
-            self.optimizer.step()
-        return norm
+        return update(self.optimizer, rate, limit)
+
+    def descend(self, rate: float, loss: Callable[[], float]) -> float:
+        return descend(self.optimizer, rate, loss)
 
     def drop_gradient(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self._trained:  # also of those that the optimizer leaves as they are
+            parameter.grad = None
 
     def gather(self, names: Sequence[str]) -> dict[str, Tensor]:
         return {name: self._parameters[name].detach() for name in names}

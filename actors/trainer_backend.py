@@ -118,6 +118,7 @@ class TrainerBackend(Protocol):
     step: int  # the last step taken
     non_finite: int  # minibatches of the run that were skipped
     model: PreTrainedModel  # as transformers knows it; its parameters may be sharded
+    forward_only: bool  # does the optimizer want losses and no gradient (`descend`)?
     critic: Critic | None  # where `settings.critic` asks for one; the same on every rank
 
     def train(self, batch: TrainBatch) -> dict[str, float]:
@@ -159,6 +160,12 @@ class TrainerBackend(Protocol):
         """Scale the gradient of the minibatch, over all ranks, down to the norm `limit` (inf: leave
         it) and take one optimizer step at the learning rate `rate`. Returns the norm before; if
         that is not finite, nothing was changed."""
+        ...
+
+    def descend(self, rate: float, loss: Callable[[], float]) -> float:
+        """One step of a `forward_only` optimizer, which calls `loss` at weights of its choice, on
+        all ranks alike. Returns the size of the slope it found; if that is not finite, nothing was
+        changed."""
         ...
 
     def drop_gradient(self) -> None:

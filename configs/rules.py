@@ -231,6 +231,12 @@ def _channel_limits(c: Config) -> Iterator[tuple[bool, str, str]]:
         "'auto', or model.lora_rank > 0: 'adapter' sends LoRA's A and B, and there are none",
     )
     yield (
+        r.channel != "adapter" or c.model.adapter in ("lora", "rslora"),
+        "rollout.channel",
+        f"'auto': 'adapter' sends LoRA's A and B, and model.adapter = {c.model.adapter!r} has "
+        "other tensors; merged weights are published instead",
+    )
+    yield (
         r.channel not in ("delta", "lowrank_delta") or c.model.lora_rank == 0,
         "rollout.channel",
         f"'adapter' or 'auto': {r.channel!r} sends what changed in every weight, and with "
@@ -264,8 +270,10 @@ def _unused(c: Config) -> Iterator[tuple[bool, str, tuple[str, ...]]]:
     optimizer = f"trainer.optimizer = {c.trainer.optimizer!r} (put it into optimizer_options)"
     yield c.trainer.optimizer == "adamw", optimizer, ("trainer.betas", "trainer.eps")
     yield c.rollout.cut < 1, "rollout.cut = 1 (no cut)", ("rollout.cut_group",)
-    lora = ("model.lora_alpha", "model.lora_targets")
+    lora = ("model.adapter", "model.lora_alpha", "model.lora_targets")
     yield c.model.lora_rank > 0, "model.lora_rank = 0", lora
+    scaled = c.model.adapter not in ("hra", "miss", "oft")
+    yield scaled, f"model.adapter = {c.model.adapter!r}", ("model.lora_alpha",)
 
 
 def _doubts(c: Config) -> Iterator[tuple[bool, str]]:

@@ -64,9 +64,14 @@ class ModelConfig(_Table):
         "float32", description="of weights and activations"
     )
     device: Literal["cpu", "cuda"] = Field("cpu", description="where engines and trainer compute")
-    lora_rank: int = Field(0, ge=0, description="rank of LoRA adapters; 0 = train all parameters")
+    adapter: Literal["lora", "rslora", "dora", "loha", "lokr", "hra", "miss", "oft"] = Field(
+        "lora", description="kind of adapters, where lora_rank > 0; merged in what is published"
+    )
+    lora_rank: int = Field(
+        0, ge=0, description="rank of adapters (oft: size of a block); 0 = train all parameters"
+    )
     lora_alpha: float = Field(
-        32.0, gt=0, description="LoRA scale; the update is alpha / rank * B A"
+        32.0, gt=0, description="scale; the update is alpha / rank * B A (rslora: / sqrt(rank))"
     )
     lora_targets: str = Field(
         "all-linear",

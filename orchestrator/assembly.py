@@ -320,6 +320,7 @@ def trainer_settings(config: Config, model_path: str) -> Any:
         gamma=a.gamma,
         lam=a.lam,
         value_lr=a.value_lr,
+        adapter=m.adapter,
         lora_rank=m.lora_rank,
         lora_alpha=m.lora_alpha,
         lora_targets=m.lora_targets,

@@ -226,7 +226,10 @@ def _work(c: Config) -> Work:
         checkpointing=c.trainer.gradient_checkpointing,
         backward=not optimizers.method(c.trainer.optimizer).forward_only,
         adapters=Adapters(
-            rank=c.model.lora_rank, alpha=c.model.lora_alpha, targets=c.model.lora_targets
+            kind=c.model.adapter,
+            rank=c.model.lora_rank,
+            alpha=c.model.lora_alpha,
+            targets=c.model.lora_targets,
         ),
     )
 

@@ -107,7 +107,7 @@ def _placement(config: Config, has: Resources) -> tuple[bool, str]:
 def _channel(config: Config, has: Resources, colocated: bool) -> tuple[ChannelName, str]:
     lora, device = config.model.lora_rank, config.model.device
     slow_lora = config.rollout.engine == "vllm" and device == "cpu"
-    if lora and not slow_lora:
+    if lora and not slow_lora and config.model.adapter in ("lora", "rslora"):
         return "adapter", f"model.lora_rank = {lora}: the base weights travel once"
     if colocated and device == "cuda":
         return "ipc", "trainer and engines share a GPU"
@@ -115,7 +115,7 @@ def _channel(config: Config, has: Resources, colocated: bool) -> tuple[ChannelNa
         return "shared_memory", "trainer and engines share one copy of the weights"
     if not _one_node(config, has, colocated):
         return "collective", "no node has room for the trainer and all engines"
-    if lora:
+    if lora and slow_lora:
         return "shared_memory", "merged weights: vLLM on a CPU serves LoRA at about half the speed"
     return "shared_memory", "trainer and engines are on one host"
 

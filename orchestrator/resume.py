@@ -9,6 +9,7 @@ from loopwright.orchestrator.faults import Refused
 _FIXED = (
     "run.seed",
     "model.path",
+    "model.adapter",
     "model.lora_rank",
     "model.lora_targets",
     "environment.name",

@@ -31,6 +31,7 @@ from loopwright.actors.trainer_backend import (
     published_tensors,
 )
 from loopwright.actors.weights import manifest_checksums, verify
+from loopwright.algorithms.optimizers import OptimizerError
 from loopwright.algorithms.records import TrainBatch, encode
 from tests.train_batches import build_policy, make_batch
 
@@ -52,12 +53,9 @@ def _weights_after(settings: TrainerSettings, batch: TrainBatch) -> dict[str, to
 
 def _gradients(settings: TrainerSettings, batch: TrainBatch) -> dict[str, torch.Tensor]:
     """The gradient of the batch as one minibatch: what plain SGD with rate 1 takes off."""
-    backend = TorchBackend(dataclasses.replace(settings, minibatches=1, grad_clip=0.0))
+    descent = {"optimizer": "sgd", "lr": 1.0, "weight_decay": 0.0, "grad_clip": 0.0}
+    backend = TorchBackend(dataclasses.replace(settings, minibatches=1, **descent))
     before = {n: p.detach().clone() for n, p in backend.model.named_parameters()}
-    backend.optimizer = torch.optim.SGD(backend.model.parameters(), lr=1.0)  # type: ignore[assignment]
-    for group in backend.optimizer.param_groups:
-        group["lr"] = 1.0
-    backend.settings = dataclasses.replace(backend.settings, lr=1.0)
     backend.train(batch)
     return {n: before[n] - p.detach() for n, p in backend.model.named_parameters()}
 
@@ -367,8 +365,11 @@ def test_learning_rate_warms_up_and_decays() -> None:
 def test_what_cannot_be_trained_is_refused_with_the_reason(policy: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no config.json there"):
         TorchBackend(TrainerSettings(model_path=str(tmp_path / "nowhere")))
-    with pytest.raises(ModelError, match=r"bfloat16.*float32"):
-        TorchBackend(TrainerSettings(model_path=policy, dtype="bfloat16"))
+    with pytest.raises(OptimizerError, match=r"write_back='plain'.*loses every update"):
+        plain = {"write_back": "plain"}
+        TorchBackend(
+            TrainerSettings(model_path=policy, dtype="bfloat16", lr=1e-6, optimizer_options=plain)
+        )
     with pytest.raises(BackendError, match="proximal='old'"):
         TrainerSettings(model_path=policy, proximal="old")  # type: ignore[arg-type]
     with pytest.raises(ObjectiveError, match="level='turn'"):

@@ -1,12 +1,12 @@
 """Several ranks train as one: FSDP2 and DeepSpeed against the torch backend, same batches."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
 from loopwright.actors.objective import LossSettings
+from loopwright.actors.packed_forward import Sequences
 from loopwright.actors.ranks import Ranks
 from loopwright.actors.trainer_backend import TrainerBackend, TrainerSettings, published_tensors
 from loopwright.configs.backends import load_backend
@@ -17,12 +17,6 @@ from tests.train_batches import build_policy, make_batch
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
     return build_policy(tmp_path_factory.mktemp("policy"), vocab_size=301)
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[RankWorld]:
-    with RankWorld(2) as world:
-        yield world
 
 
 def _backend(ranks: Ranks | None, settings: TrainerSettings) -> TrainerBackend:
@@ -46,6 +40,11 @@ def _settings(policy: str, **options: Any) -> TrainerSettings:
     return TrainerSettings(model_path=policy, **{**defaults, **options})
 
 
+def _published(settings: TrainerSettings) -> dict[str, Any]:
+    return published_tensors(_backend(None, settings))
+
+
+SMOOTH = LossSettings(loss="reinforce", mismatch="none")
 FSDP2: dict[str, Any] = {"backend": "fsdp2", "ranks": 2}
 
 
@@ -90,6 +89,21 @@ def test_fsdp2_on_two_ranks_equals_one_process(
     _assert_same(one, world.run(_trained, _settings(policy, **FSDP2, **options), 3))
 
 
+@pytest.mark.parametrize(
+    "adapter", ["lora", "rslora", "dora", "loha", "lokr", "hra", "miss", "oft"]
+)
+def test_every_kind_of_adapter_trains_alike_on_two_ranks(
+    policy: str, world: RankWorld, adapter: str
+) -> None:
+    """Twenty updates on a smooth loss; epsilon well above rounding, so that Adam is smooth too."""
+    options: dict[str, Any] = {"adapter": adapter, "lora_rank": 4, "eps": 1e-3, "loss": SMOOTH}
+    start = {n: t.numpy().copy() for n, t in _published(_settings(policy, **options)).items()}
+    one = _trained(None, _settings(policy, **options), 10)
+    _assert_same(one, world.run(_trained, _settings(policy, **FSDP2, **options), 10))
+    moved = [n for n, value in one[0].items() if np.abs(value - start[n]).max() > 1e-4]
+    assert moved and all(name.endswith("_proj.weight") for name in moved)
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_zero_on_two_ranks_equals_one_process(
@@ -113,3 +127,25 @@ def test_zero_serves_all_that_a_step_may_ask(
     one = _trained(None, _settings(policy, **options), 3)
     cut = zero(stage, offload=kind.endswith("offload"))
     _assert_same(one, world.run(_trained, _settings(policy, **cut, **options), 3))
+
+
+def _after_a_change(ranks: Ranks | None, settings: TrainerSettings) -> tuple[Any, Any]:
+    """Logprobs before and after every parameter was doubled from outside."""
+    backend = _backend(ranks, settings)
+    batch = make_batch()
+    sequences = Sequences.of(batch.token_ids, batch.action_mask, batch.lengths)
+    before = backend.logprobs(sequences)
+    names = [name for name, _ in backend.model.named_parameters()]
+    doubled = {name: 2 * tensor.clone() for name, tensor in backend.gather(names).items()}
+    backend.scatter(names, lambda name, rows: doubled[name][rows or slice(None)])
+    return before, backend.logprobs(sequences)
+
+
+@pytest.mark.parametrize("more", [FSDP2, zero(1), zero(3)], ids=["fsdp2", "zero1", "zero3"])
+def test_changed_parameters_are_used_at_once(
+    policy: str, world: RankWorld, more: dict[str, Any]
+) -> None:
+    before, after = _after_a_change(None, _settings(policy))
+    assert np.abs(before - after).max() > 0.1
+    for found in world.run(_after_a_change, _settings(policy, **more)):
+        np.testing.assert_allclose(found, (before, after), atol=1e-4)
