@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from loopwright.algorithms.optimizers.bases import LowRank
 from loopwright.algorithms.optimizers.layer_sampling import scores_in_order
@@ -185,7 +186,24 @@ class Pipeline(torch.optim.Optimizer):
             }
         self._group_of = {id(p): g for g in self.param_groups for p in g["params"]}
         self._active = self._drawn()
+        self._cut_whole_states()
         self._forget_gradients()
+
+    def _cut_whole_states(self) -> None:
+        """States saved whole, of layers that were not trained when a checkpoint was read: each rank
+        keeps its rows."""
+        for slot in self.slots:
+            loaded = self.state.get(slot.parameter)
+            if slot.layout.group is None or not loaded:
+                continue
+            if any(isinstance(value, DTensor) for value in loaded.values()):
+                continue
+            self._allocate(slot)
+            for key, wanted in self.state[slot.parameter].items():
+                if isinstance(wanted, DTensor):
+                    first = slot.layout.row_start
+                    loaded[key] = slot.layout.sharded(loaded[key][first : first + slot.layout.rows])
+            self.state[slot.parameter] = loaded
 
     def _gradient(self, slot: Slot) -> Tensor:
         assert slot.parameter.grad is not None
