@@ -19,7 +19,12 @@ from typing import Any
 
 from loopwright.algorithms.curricula import scheduled
 
-_ALWAYS = ("cluster.address=none", 'run.trackers=["jsonl"]', "run.checkpoint_every=10")
+_ALWAYS = (
+    "cluster.address=none",
+    'run.trackers=["jsonl"]',
+    "run.checkpoint_every=10",
+    "run.eval_every=0",
+)
 _TIME_LIMIT_S = 3600
 ARMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "curriculum": ("search", ()),
