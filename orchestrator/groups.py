@@ -50,8 +50,7 @@ class Groups:
             task = self.stream.of(ticket, draw)
             attempts = [draw * DRAW_STRIDE + k for k in range(self.group_size)]
             if ticket in state.groups:
-                known = state.rollouts.get(ticket, {})
-                rollouts = [decode(known[k]) for k in attempts if k in known]
+                rollouts = self._on_record(ticket, draw)
                 return _group(ticket, task, rollouts, state.voids.get(ticket, ""))
             rollouts, broken = await self._rollouts(ticket, task, attempts)
             void = _why_void(rollouts, broken, self.least)
@@ -101,6 +100,11 @@ class Groups:
         passed = tuple(r.success for r in found if r.outcome is not Outcome.INFRA_FAULT)
         return Played(task_id=self.stream.of(ticket, draw).id, passed=passed)
 
+    def _on_record(self, ticket: int, draw: int) -> list[Rollout]:
+        """What the ledger has of a ticket's task number `draw`, whatever the group size was."""
+        known = self.ledger.state.rollouts.get(ticket, {})
+        return [decode(known[k]) for k in sorted(known) if k // DRAW_STRIDE == draw]
+
     def _draws_made(self, ticket: int) -> int:
         """How many tasks of the ticket were played and replaced before a crash."""
         discarded = self.ledger.state.discarded.get(ticket, set())
@@ -112,7 +116,7 @@ class Groups:
         """All that come in of one task before the cut; infra faults are among them."""
         known = self.ledger.state.rollouts.get(ticket, {})
         taken_back = self.ledger.state.cancelled.get(ticket, {})
-        found: list[Rollout] = [decode(known[k]) for k in attempts if k in known]
+        found = self._on_record(ticket, attempts[0] // DRAW_STRIDE)
         for rollout in found:
             await self._arrived(ticket, rollout)
         missing = [k for k in attempts if k not in known and k not in taken_back]
