@@ -36,6 +36,12 @@ class FlatOptimizer(torch.optim.Optimizer):
                 'flat pieces of them: set trainer.backend = "fsdp2", which cuts matrices by rows, '
                 f"or take one of {', '.join(optimizers.elementwise_methods())}"
             )
+        if self._options.get("state") in ("int8", "int4"):
+            raise optimizers.OptimizerError(
+                f"trainer.optimizer_options has state = {self._options['state']!r}: its blocks "
+                "reach across parameters in ZeRO's pieces, and could not be saved by name; take "
+                '"fp32" or "bf16" here, or trainer.backend = "fsdp2"'
+            )
         known = list(parameters)
         groups: list[dict[str, Any]] = [
             {"params": [p for p in known if p.ndim >= 2], "weight_decay": decay},

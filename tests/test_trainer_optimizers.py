@@ -181,6 +181,12 @@ def test_what_does_not_fit_is_refused_with_the_reason(policy: str, tmp_path: Pat
         (_settings(policy, "adamw", optimizer_options={"gap": 3}), "has no option 'gap'"),
         (_settings(policy, "adamw", optimizer_options={"lr": 1.0}), r"set trainer\.lr instead"),
         (TrainerSettings(model_path=policy, optimizer="adamww"), "did you mean 'adamw'"),
+        (
+            _settings(
+                policy, "adamw", **{**ZERO[2], "ranks": 1, "optimizer_options": {"state": "int8"}}
+            ),
+            "reach across parameters",
+        ),
         (_settings(policy, "galore", **{**ZERO[2], "ranks": 1}), r'trainer\.backend = "fsdp2"'),
         (_settings(policy, "adamw", **{**ZERO[2], "backend_options": {"zero": 2}}), "zero_stage"),
         (_settings(policy, "adamw", **{**FSDP2, "backend_options": {"zero": 2}}), "offload"),
