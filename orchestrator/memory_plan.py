@@ -165,6 +165,9 @@ def _changes(c: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("trainer.gradient_checkpointing=offload",), "copies to the host and back"
         if c.model.dtype == "float32":
             yield ("model.dtype=bfloat16",), "rounding"
+    if c.model.device == "cuda" and c.trainer.backend == "torch":
+        for ranks in (2, 4, 8):
+            yield ("trainer.backend=fsdp2", f"trainer.ranks={ranks}"), f"{ranks} devices"
     if c.trainer.optimizer == "adamw":
         yield ("trainer.optimizer_options.state=int8",), "rounding of the moments"
     if c.trainer.optimizer in ("adamw", "galore"):
@@ -255,7 +258,7 @@ def _sharding(config: Config, parameters: Parameters, width: int) -> Sharding:
             settings.ranks,
             block_bytes=parameters.largest_block * width,
             outside_bytes=parameters.outside_blocks * width,
-            stage=int(settings.backend_options.get("zero_stage", 3)),
+            stage=int(settings.backend_options.get("zero_stage", 2)),  # as the backend has it
         )
     except MemoryModelError as error:
         raise Refused(str(error)) from error
