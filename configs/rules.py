@@ -237,6 +237,12 @@ def _channel_limits(c: Config) -> Iterator[tuple[bool, str, str]]:
         "other tensors; merged weights are published instead",
     )
     yield (
+        r.channel != "adapter" or r.engine != "vllm" or c.warm_start.demonstrations == 0,
+        "rollout.channel",
+        "'auto' or 'shared_memory': vLLM keeps the base weights it was started with, and with "
+        "warm_start.demonstrations > 0 adapters belong to the cloned ones",
+    )
+    yield (
         r.channel not in ("delta", "lowrank_delta") or c.model.lora_rank == 0,
         "rollout.channel",
         f"'adapter' or 'auto': {r.channel!r} sends what changed in every weight, and with "

@@ -106,8 +106,10 @@ def _placement(config: Config, has: Resources) -> tuple[bool, str]:
 
 def _channel(config: Config, has: Resources, colocated: bool) -> tuple[ChannelName, str]:
     lora, device = config.model.lora_rank, config.model.device
-    slow_lora = config.rollout.engine == "vllm" and device == "cpu"
-    if lora and not slow_lora and config.model.adapter in ("lora", "rslora"):
+    vllm = config.rollout.engine == "vllm"
+    slow_lora = vllm and device == "cpu"
+    another_base = vllm and config.warm_start.demonstrations > 0  # it keeps the one it started with
+    if lora and not slow_lora and not another_base and config.model.adapter in ("lora", "rslora"):
         return "adapter", f"model.lora_rank = {lora}: the base weights travel once"
     if colocated and device == "cuda":
         return "ipc", "trainer and engines share a GPU"

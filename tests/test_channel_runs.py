@@ -96,6 +96,16 @@ def test_too_few_devices_for_both_means_by_turns(tmp_path: Path) -> None:
             "devices of their own",
         ),
         (("rollout.channel=adapter",), "rollout.channel", "there are none"),
+        (
+            (
+                "rollout.channel=adapter",
+                "model.lora_rank=4",
+                "rollout.engine=vllm",
+                "warm_start.demonstrations=9",
+            ),
+            "rollout.channel",
+            "the cloned ones",
+        ),
         (("rollout.channel=delta", "model.lora_rank=4"), "rollout.channel", "change everywhere"),
         (
             ("rollout.channel=delta", "rollout.channel_options={full_evry=3}"),
