@@ -112,7 +112,8 @@ ENTRIES = (
         options=f"{BETAS}, reset_every = 30",
         overrides=LORA,
     ),
-    Entry(label="mezo", method="mezo", rates=(1e-4, 1e-3), options="eps = 1e-3"),
+    Entry(label="dora", method="adamw", like="lora", overrides=(*LORA, 'model.adapter="dora"')),
+    Entry(label="mezo", method="mezo", rates=(1e-4,), options="eps = 1e-3"),
     Entry(label="sparse mezo", method="sparse_mezo", like="mezo", options="eps = 1e-3"),
     Entry(label="apollo", method="apollo", like="adamw", options=LOW_RANK),
     Entry(label="fira", method="fira", like="adamw", options=LOW_RANK),
@@ -172,7 +173,7 @@ def _plan(
     """(entry, rate, seed) still to be run: all grids first, then the seeds of the best rates."""
     entries = _chosen(arguments)
     for entry in entries:
-        if entry.rates:
+        if len(entry.rates) > 1:
             for rate in entry.rates:
                 if _key(entry, rate, 0) not in results.get("runs", {}):
                     yield entry, rate, 0

@@ -6,6 +6,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from loopwright.algorithms import optimizers
 from loopwright.algorithms.optimizers import METHODS, OptimizerError, build, predict_state_bytes
@@ -144,6 +149,43 @@ def test_measured_bytes_are_predicted_and_resume_is_exact(name: str, state: str)
             resumed.step()
     for key, p in parameters.items():
         assert torch.equal(p, twin[key]), f"{key} differs after resuming"
+
+
+def _model() -> nn.Module:
+    source = torch.Generator().manual_seed(0)
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Linear(12, 10) for _ in range(3)])
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=source))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("name", ["galore", "owlore", "spam", "adamw"])
+def test_distributed_checkpoint_of_torch_takes_the_state(name: str, tmp_path: Path) -> None:
+    options = {**SMALL[name], "state": "int8"}
+    models = [_model() for _ in range(2)]
+    optimizer, fresh = (build(model, name, **options) for model in models)
+
+    def update(model: nn.Module, each: Any, number: int) -> None:
+        _give_gradients(dict(model.named_parameters()), number)
+        each.step()
+
+    for number in range(5):
+        update(models[0], optimizer, number)
+    found = get_optimizer_state_dict(models[0], optimizer)
+    checkpoint.save({"optimizer": found}, checkpoint_id=tmp_path, no_dist=True)
+    models[1].load_state_dict(models[0].state_dict())
+    fresh.seek(optimizer.updates)
+    wanted = get_optimizer_state_dict(models[1], fresh)
+    checkpoint.load({"optimizer": wanted}, checkpoint_id=tmp_path, no_dist=True)
+    set_optimizer_state_dict(models[1], fresh, wanted)
+    for number in range(5, 9):
+        update(models[0], optimizer, number)
+        update(models[1], fresh, number)
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def _only_tensors_and_integers(saved: dict[str, Any]) -> None:

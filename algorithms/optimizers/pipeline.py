@@ -170,19 +170,24 @@ class Pipeline(torch.optim.Optimizer):
         """Take a saved state. Raises `OptimizerError` if it is of another method, model or
         format."""
         refuse_other_groups(self.method, self.param_groups, state_dict.get("param_groups", []))
-        order = [p for group in self.param_groups for p in group["params"]]
+        # saved states go by number, or by name (torch's distributed checkpoint): by place, then
+        numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
+        own = [p for group in self.param_groups for p in group["params"]]
+        saved = [
+            (p, state_dict["state"][n])
+            for n, p in zip(numbers, own, strict=True)
+            if n in state_dict["state"]
+        ]
         names = {id(slot.parameter): slot.name for slot in self.slots}
-        for number, saved in state_dict["state"].items():
-            if order[int(number)] in self.state:
-                name = names[id(order[int(number)])]
-                refuse_other_format(name, self.state[order[int(number)]], saved)
+        for parameter, values in saved:
+            if parameter in self.state:
+                refuse_other_format(names[id(parameter)], self.state[parameter], values)
         super().load_state_dict(state_dict)
         # torch casts states to the weights' dtype: masters would lose bits, codes their meaning
-        for number, saved in state_dict["state"].items():
-            parameter = order[int(number)]
+        for parameter, values in saved:
             self.state[parameter] = {
                 key: value.to(parameter.device, copy=True) if isinstance(value, Tensor) else value
-                for key, value in saved.items()
+                for key, value in values.items()
             }
         self._group_of = {id(p): g for g in self.param_groups for p in g["params"]}
         self._active = self._drawn()

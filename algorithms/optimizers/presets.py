@@ -29,7 +29,9 @@ from loopwright.algorithms.optimizers.sparse_bases import Channels, Mask
 from loopwright.algorithms.optimizers.state_codecs import CODECS, Codec, generator
 
 RecipeOf = Callable[[str, torch.Size], Recipe | None]
-EMBEDDINGS = re.compile(r"(^|\.)(embed\w*|lm_head|wte|wpe|tok_embeddings|output)(\.|$)")
+EMBEDDINGS = re.compile(
+    r"(^|\.)(embed\w*|lm_head|wte|wpe|tok_embeddings)(\.|$)|^(model\.)?output\.weight$"
+)
 
 
 def is_embedding(name: str) -> bool:
