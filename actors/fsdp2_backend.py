@@ -28,6 +28,7 @@ from loopwright.actors.critic import build_critic
 from loopwright.actors.dry_run import held_tensors
 from loopwright.actors.optimizer_choice import (
     build_optimizer,
+    calibrate,
     descend,
     is_forward_only,
     update,
@@ -81,6 +82,14 @@ class FSDP2Backend:
         return whole
 
     def train(self, batch: TrainBatch) -> dict[str, float]:
+        temperature = self.settings.temperature
+        calibrate(
+            self.optimizer,
+            self.model,
+            batch,
+            lambda micro: self.forward(micro, temperature=temperature),
+            self.settings.device,
+        )
         return take_step(self, batch)
 
     def logprobs(

@@ -4,15 +4,19 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from loopwright.actors.out_of_memory import named
+from loopwright.actors.packed_forward import MicroBatch, Sequences, micro_batches
 from loopwright.actors.trainer_backend import BackendError, TrainerSettings
 from loopwright.algorithms import optimizers
 from loopwright.algorithms.optimizers.options import resolve
 from loopwright.algorithms.optimizers.zeroth_order import ZerothOrder
+from loopwright.algorithms.records import TrainBatch
 
+_CALIBRATION_SEQUENCES = 16
 # set by keys of their own, because every method has them
 _OF_THE_TRAINER = {"lr": "trainer.lr", "weight_decay": "trainer.weight_decay", "seed": "run.seed"}
 
@@ -49,6 +53,47 @@ def build_optimizer(settings: TrainerSettings, model: nn.Module) -> torch.optim.
     """The optimizer `settings.optimizer` over the trainable parameters of `model`."""
     with named("optimizer", settings, "making the states of the optimizer"):
         return optimizers.build(model, settings.optimizer, **optimizer_options(settings))
+
+
+def project_early(optimizer: torch.optim.Optimizer) -> None:
+    """Let gradients that are only needed projected be projected and freed while backward runs, for
+    as long as the optimizer lives. For parameters that are whole in this process."""
+    if isinstance(optimizer, optimizers.Pipeline):
+        optimizers.GradientStream(optimizer)
+
+
+def calibrate(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    batch: TrainBatch,
+    forward: Callable[[MicroBatch], Any],
+    device: str,
+) -> None:
+    """Before its first update, give an optimizer that draws layers by their outliers (OwLore) the
+    scores of the layers under the first sequences of its first batch.
+
+    One sequence at a time and the same ones on every rank: no padding and no share of a rank goes
+    into the scores, so every rank, and a single process, draws the same layers.
+    """
+    if not isinstance(optimizer, optimizers.Pipeline) or optimizer.updates:
+        return
+    sampler = optimizer.plan.sampler
+    if sampler is None or sampler.kind != "outliers" or not len(batch.lengths):
+        return
+    sequences = Sequences.of(batch.token_ids, batch.action_mask, batch.lengths)
+
+    def run() -> None:
+        for index in range(min(len(batch.lengths), _CALIBRATION_SEQUENCES)):
+            for micro in micro_batches(
+                sequences,
+                np.array([index]),
+                token_budget=int(batch.lengths[index]),
+                pack=False,
+                device=device,
+            ):
+                forward(micro)
+
+    optimizer.set_layer_scores(optimizers.outlier_scores(model, run))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -13,8 +13,10 @@ from loopwright.actors.critic import build_critic
 from loopwright.actors.dry_run import held_tensors
 from loopwright.actors.optimizer_choice import (
     build_optimizer,
+    calibrate,
     descend,
     is_forward_only,
+    project_early,
     update,
 )
 from loopwright.actors.packed_forward import (
@@ -55,8 +57,17 @@ class TorchBackend:
         self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(settings, self.model)
+        project_early(self.optimizer)
 
     def train(self, batch: TrainBatch) -> dict[str, float]:
+        temperature = self.settings.temperature
+        calibrate(
+            self.optimizer,
+            self.model,
+            batch,
+            lambda micro: self.forward(micro, temperature=temperature),
+            self.settings.device,
+        )
         return take_step(self, batch)
 
     def logprobs(

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from loopwright.algorithms.optimizers.layout import Layout, sum_over
 from loopwright.algorithms.optimizers.options import OptimizerError
@@ -56,7 +57,8 @@ class LayerSampler:
 def outlier_share(weight: Tensor, input_norms: Tensor) -> float:
     """Share of entries of `weight` [m, n] whose |W_ij|·‖X_j‖ exceeds 13 times their mean;
     `input_norms` [n] are the norms of the layer's inputs over a calibration batch."""
-    size = weight.detach().float().abs() * input_norms.to(weight.device)
+    whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+    size = whole.detach().float().abs() * input_norms.to(whole.device)
     return float((size > OUTLIER * size.mean()).float().mean())
 
 
