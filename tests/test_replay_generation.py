@@ -105,7 +105,13 @@ def test_segments_end_where_weights_are_installed() -> None:
 RUNS: list[tuple[str, ...]] = [
     ("rollout.engines=2", "run.eval_every=1", "run.steps=4"),
     ("rollout.on_update=recompute", "rollout.max_lag=2", "rollout.concurrency=5", "run.steps=4"),
-    ("rollout.cut=0.5", "rollout.cut_group=0.5", "rollout.dynamic_sampling=true", "run.steps=4"),
+    (
+        "rollout.cut=0.5",
+        "rollout.cut_group=0.5",
+        "rollout.dynamic_sampling=true",
+        "rollout.on_update=finish",
+        "run.steps=4",
+    ),
 ]
 
 
