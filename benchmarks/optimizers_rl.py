@@ -323,10 +323,10 @@ def _table(results: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
     for entry in _ranked(results, arguments):
         rate, values = _summary(results, entry)
         probe = results.get("probes", {}).get(entry.label, {})
-        spread = statistics.stdev(values) if len(values) > 1 else float("nan")
+        spread = f" ± {statistics.stdev(values):.1%}" if len(values) > 1 else ""
         step = probe.get("optimizer_step_ms")
         lines.append(
-            f"| {entry.label} | {rate:g} | {statistics.mean(values):.1%} ± {spread:.1%} "
+            f"| {entry.label} | {rate:g} | {statistics.mean(values):.1%}{spread} "
             f"| {', '.join(f'{v:.0%}' for v in values)} "
             f"| {probe.get('optimizer_bytes', float('nan')) / 1024:.0f} "
             f"| {probe.get('peak_bytes', float('nan')) / 2**20:.1f} "
