@@ -31,10 +31,16 @@ CALLED = {
     "token_narrow": "token, clip 0.01",
     "gae_token": "critic, token",
     "gae_turn": "critic, turn",
-    "default_lag8": "default",
     "uncorrected_lag8": "PPO without correction",
     "loglinear_lag8": "decoupled, log-linear",
 }
+
+
+HEADER = """# LOOP's ablations on officeworld
+
+Written by `benchmarks/loop_ablations_report.py`. Means over seeds with their standard errors; a
+single seed has none. What it means: `docs/algorithms.md`.
+"""
 
 
 def main() -> int:
@@ -99,17 +105,23 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(variance / len(values))
 
 
+def _text(values: Sequence[float], form: str = ".1f") -> str:
+    """Mean ± standard error; the mean alone of one value."""
+    mean, error = spread(values)
+    return f"{mean:{form}} ± {error:.1f}" if len(values) > 1 else f"{mean:{form}}"
+
+
 def tables(figures: Sequence[dict[str, Any]]) -> str:
     """Markdown, one table a question."""
-    parts = []
+    parts = [HEADER]
     for title, arms in GROUPS.items():
         rows = [_row(arm, arms[0], figures) for arm in arms]
         if any(rows):
             parts += [
                 f"### {title}\n",
-                f"| arm | seeds | held out % | against {CALLED.get(arms[0], arms[0])}, paired "
-                "| training % | clipped | mismatch KL |",
-                "|---|---:|---:|---:|---:|---:|---:|",
+                "| arm | seeds | held out % | worst seed | against "
+                f"{CALLED.get(arms[0], arms[0])}, paired | training % | clipped | mismatch KL |",
+                "|---|---:|---:|---:|---:|---:|---:|---:|",
                 *(row for row in rows if row),
                 "",
             ]
@@ -121,18 +133,16 @@ def _row(arm: str, first: str, figures: Sequence[dict[str, Any]]) -> str:
     others = {f["seed"]: f for f in figures if f["arm"] == first}
     if not mine:
         return ""
-    held, error = spread([final(f) for f in mine.values()])
     shared = [final(mine[s]) - final(others[s]) for s in mine if s in others]
     difference = ""
     if arm != first and shared:
-        gap, gap_error = spread(shared)
-        difference = f"{gap:+.1f} ± {gap_error:.1f}"
-    reward, reward_error = spread([training(f) for f in mine.values()])
+        difference = _text(shared, "+.1f")
+    held, reward = ([of(f) for f in mine.values()] for of in (final, training))
     clipped = spread([100 * f["clipped_frac"] for f in mine.values()])[0]
     mismatch = spread([f["mismatch_kl"] for f in mine.values()])[0]
     return (
-        f"| {CALLED.get(arm, arm)} | {len(mine)} | {held:.1f} ± {error:.1f} | {difference} | "
-        f"{reward:.1f} ± {reward_error:.1f} | {clipped:.1f} % | {mismatch:.3f} |"
+        f"| {CALLED.get(arm, arm)} | {len(mine)} | {_text(held)} | {min(held):.1f} | {difference} "
+        f"| {_text(reward)} | {clipped:.1f} % | {mismatch:.3f} |"
     )
 
 
