@@ -5,6 +5,9 @@ Append-only frames in `ledger/sampling.frames`, of the ledger's own form. Nothin
 disk: a record that lost its end replays up to there.
 """
 
+import contextlib
+import logging
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,9 @@ import msgpack
 
 from loopwright.actors.episode import EpisodeLimits
 from loopwright.envs.protocol import Task, decode_task, encode_task
-from loopwright.orchestrator.ledger import frame, read_frames
+from loopwright.orchestrator.ledger import LedgerError, frame, read_frames
 
+_logger = logging.getLogger(__name__)
 FILE = "sampling.frames"  # in the folder `ledger/` of a run
 
 
@@ -48,7 +52,10 @@ class SamplingRecord:
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self._file = (directory / FILE).open("ab")
+        path = directory / FILE
+        _cut_torn_tail(path)
+        self._file = path.open("ab")
+        self._failed = False
         self._known: set[str] = set()
         self._limits: list[EpisodeLimits] = []
 
@@ -78,10 +85,35 @@ class SamplingRecord:
 
     def close(self) -> None:
         """Flush and close."""
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:
+            self._give_up(error)
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(frame(msgpack.packb(record)))
+        if self._failed:
+            return
+        try:
+            self._file.write(frame(msgpack.packb(record)))
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        """A run goes on (or ends for a better reason) without this record; what came after a gap
+        could not be read."""
+        self._failed = True
+        _logger.warning("%s: %s; sampling is not recorded from here on", FILE, error.strerror)
+
+
+def _cut_torn_tail(path: Path) -> None:
+    """What follows the last whole frame was being written when a process died."""
+    if not path.exists():
+        return
+    whole = 0
+    with contextlib.suppress(LedgerError):
+        for offset, record in read_frames(path):
+            whole = offset + len(frame(msgpack.packb(record)))
+    os.truncate(path, whole)
 
 
 def read(path: Path) -> Recorded:
