@@ -14,7 +14,7 @@ def test_metrics_and_events_reach_the_nodes_endpoint() -> None:
     ray = pytest.importorskip("ray")
     cluster = connect(
         "local",
-        Needs(one_node_cpus=1),
+        lambda resources: Needs(one_node_cpus=1),
         cpus=1,
         object_store_bytes=80 << 20,
         timeout_s=_DEADLINE_S,

@@ -40,7 +40,11 @@ def _with_memory(config: Any, work: Work) -> MemoryTable:
     keep_less(model, work.checkpointing)
     if work.adapters.rank:
         model = add_adapters(
-            model, rank=work.adapters.rank, alpha=work.adapters.alpha, targets="all-linear"
+            model,
+            kind="lora",
+            rank=work.adapters.rank,
+            alpha=work.adapters.alpha,
+            targets="all-linear",
         )
     mask = np.ones(work.tokens, dtype=bool)
     mask[:: work.columns] = False
