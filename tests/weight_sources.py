@@ -172,7 +172,9 @@ class Adapted:
         from loopwright.actors.lora import add_adapters
 
         self.ranks = Ranks()
-        self.model = add_adapters(copy.deepcopy(model), rank=4, alpha=8.0, targets="all-linear")
+        self.model = add_adapters(
+            copy.deepcopy(model), kind="lora", rank=4, alpha=8.0, targets="all-linear"
+        )
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
