@@ -2,10 +2,12 @@
 the kit, and what dies, hangs or leaks over there costs an episode, not the worker."""
 
 import asyncio
+import gc
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -226,3 +228,16 @@ def _wait_until_gone(pid: int) -> None:
     while _alive(pid):
         assert time.monotonic() < ends, f"process {pid} is still there"
         time.sleep(0.02)
+
+
+def test_what_is_dropped_without_close_leaves_no_process_and_no_thread() -> None:
+    async def pid() -> int:
+        env = moody()
+        await env.reset(next(env.tasks("train", 0)))
+        return int((await env.step("pid")).observation.messages[0].content)
+
+    threads = threading.active_count()
+    world = asyncio.run(pid())
+    gc.collect()
+    _wait_until_gone(world)
+    assert threading.active_count() <= threads

@@ -20,6 +20,7 @@ import struct
 import subprocess
 import sys
 import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -157,7 +158,8 @@ class ProcessEnv:
     # Of this process, by what runs in them: interpreters that have room for sessions, and specs.
     _running: ClassVar[dict[str, list[WorldProcess]]] = defaultdict(list)
     _specs: ClassVar[dict[str, EnvSpec]] = {}
-    _guard: ClassVar[threading.Lock] = threading.Lock()
+    # Reentrant: a collection of garbage may give places back while one is being taken.
+    _guard: ClassVar[threading.RLock] = threading.RLock()
     _names: ClassVar[Iterator[int]] = count(1)
 
     def __init__(
@@ -188,6 +190,7 @@ class ProcessEnv:
         self._key = json.dumps([self._python, target, self._options], sort_keys=True)
         self._session = 0  # none yet
         self._process: WorldProcess | None = None
+        self._place: weakref.finalize[..., ProcessEnv] | None = None
         if self._key not in ProcessEnv._specs:
             ProcessEnv._specs[self._key] = spec_from(self._ask("spec"), target)
         self.spec: EnvSpec = ProcessEnv._specs[self._key]
@@ -255,14 +258,21 @@ class ProcessEnv:
             process.sessions += 1
             ProcessEnv._running[self._key] = alive
         self._session, self._process = next(ProcessEnv._names), process
+        # An instance that is dropped without `close` gives its place back too.
+        self._place = weakref.finalize(self, _give_back, process, ProcessEnv._guard)
         return process
 
     def _leave(self) -> None:
-        """Give the place back; with its last session a process ends."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        with ProcessEnv._guard:
-            process.sessions -= 1
-            if process.sessions == 0 and not process.broken:
-                process.kill("no session is left in it")
+        """Give the place back."""
+        self._process = None
+        if self._place is not None:
+            self._place()
+            self._place = None
+
+
+def _give_back(process: WorldProcess, guard: threading.RLock) -> None:
+    """One session less; with its last one a process ends."""
+    with guard:
+        process.sessions -= 1
+        if process.sessions == 0 and not process.broken:
+            process.kill("no session is left in it")
