@@ -113,7 +113,7 @@ ENTRIES = (
         overrides=LORA,
     ),
     Entry(label="dora", method="adamw", like="lora", overrides=(*LORA, 'model.adapter="dora"')),
-    Entry(label="mezo", method="mezo", rates=(1e-4,), options="eps = 1e-3"),
+    Entry(label="mezo", method="mezo", rates=(1e-4, 1e-3, 1e-2), options="eps = 1e-3"),
     Entry(label="sparse mezo", method="sparse_mezo", like="mezo", options="eps = 1e-3"),
     Entry(label="apollo", method="apollo", like="adamw", options=LOW_RANK),
     Entry(label="fira", method="fira", like="adamw", options=LOW_RANK),
