@@ -82,14 +82,7 @@ class FSDP2Backend:
         return whole
 
     def train(self, batch: TrainBatch) -> dict[str, float]:
-        temperature = self.settings.temperature
-        calibrate(
-            self.optimizer,
-            self.model,
-            batch,
-            lambda micro: self.forward(micro, temperature=temperature),
-            self.settings.device,
-        )
+        calibrate(self.optimizer, self, batch)
         return take_step(self, batch)
 
     def logprobs(

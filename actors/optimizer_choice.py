@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from loopwright.actors.out_of_memory import named
-from loopwright.actors.packed_forward import MicroBatch, Sequences, micro_batches
-from loopwright.actors.trainer_backend import BackendError, TrainerSettings
+from loopwright.actors.packed_forward import Sequences, micro_batches
+from loopwright.actors.trainer_backend import BackendError, TrainerBackend, TrainerSettings
 from loopwright.algorithms import optimizers
 from loopwright.algorithms.optimizers.options import resolve
 from loopwright.algorithms.optimizers.zeroth_order import ZerothOrder
@@ -63,11 +63,7 @@ def project_early(optimizer: torch.optim.Optimizer) -> None:
 
 
 def calibrate(
-    optimizer: torch.optim.Optimizer,
-    model: nn.Module,
-    batch: TrainBatch,
-    forward: Callable[[MicroBatch], Any],
-    device: str,
+    optimizer: torch.optim.Optimizer, backend: TrainerBackend, batch: TrainBatch
 ) -> None:
     """Before its first update, give an optimizer that draws layers by their outliers (OwLore) the
     scores of the layers under the first sequences of its first batch.
@@ -80,6 +76,7 @@ def calibrate(
     sampler = optimizer.plan.sampler
     if sampler is None or sampler.kind != "outliers" or not len(batch.lengths):
         return
+    settings = backend.settings
     sequences = Sequences.of(batch.token_ids, batch.action_mask, batch.lengths)
 
     def run() -> None:
@@ -89,11 +86,11 @@ def calibrate(
                 np.array([index]),
                 token_budget=int(batch.lengths[index]),
                 pack=False,
-                device=device,
+                device=settings.device,
             ):
-                forward(micro)
+                backend.forward(micro, temperature=settings.temperature)
 
-    optimizer.set_layer_scores(optimizers.outlier_scores(model, run))
+    optimizer.set_layer_scores(optimizers.outlier_scores(backend.model, run))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -40,12 +40,6 @@ class Ranks:
         """Elementwise maximum over the ranks, of the same shape and dtype."""
         return self._reduced(values, "MAX")
 
-    def all_agree(self, problem: str, what: str) -> None:
-        """Raise `RanksError` on every rank if any of them has a `problem` with `what`."""
-        if not self.max(np.array([bool(problem)]).astype(np.int64))[0]:
-            return
-        raise RanksError(problem or f"another rank of the trainer has a problem with {what}")
-
     def _reduced(self, values: np.ndarray, how: str) -> np.ndarray:
         if self.size == 1:
             return values

@@ -113,13 +113,6 @@ class Pipeline(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         self._forget_gradients()
 
-    def reset_moments(self) -> None:
-        """Zero all moments and begin the warm-up, if the method has one: say, where the policy
-        jumped."""
-        for slot in self.slots:
-            if slot.parameter in self.state:
-                self._reset(slot)
-
     def set_layer_scores(self, scores: Mapping[str, float]) -> None:
         """Weights by which layers are drawn from now on (`outlier_scores`), by layer name."""
         if self.plan.sampler is None or self.plan.sampler.kind != "outliers":
