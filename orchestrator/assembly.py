@@ -18,9 +18,10 @@ from loopwright.configs.schema import Config
 from loopwright.envs import registry
 from loopwright.envs.protocol import Env, EnvError
 from loopwright.orchestrator import placement
-from loopwright.orchestrator.cluster import Actor, Cluster, Placement, connect
+from loopwright.orchestrator.cluster import connect
 from loopwright.orchestrator.faults import Refused, RestartBudget
 from loopwright.orchestrator.pool import Deadlines, FaultLimits, Pool
+from loopwright.orchestrator.processes import Actor, Cluster, Placement
 from loopwright.orchestrator.ranked_trainer import RankedTrainer
 from loopwright.orchestrator.recorder import Recorder
 from loopwright.orchestrator.samplers import Draws

@@ -1,23 +1,20 @@
 """The one module that imports Ray: placing actors, calling them with a deadline, killing and
 counting them.
 
-`RayCluster` and `InProcess` (in_process.py) offer the same four verbs (`spawn`, `client`,
-`shutdown`, and `Actor.call`), so the same loop runs on a cluster and, with
-`cluster.address = "none"`, inside one process.
+`RayCluster` and `InProcess` (in_process.py) are the two clusters (protocol: processes.py), so the
+same loop runs on Ray and, with `cluster.address = "none"`, inside one process.
 """
 
 import asyncio
 import contextlib
-import importlib
 import logging
 import math
 import os
 import re
 import sys
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import loopwright
 from loopwright.actors.engine import Completion, GenerateRequest
@@ -25,6 +22,7 @@ from loopwright.actors.env_worker import EngineClient
 from loopwright.actors.envelopes import Answer, Envelope, Mailbox
 from loopwright.actors.episode import EngineLost
 from loopwright.orchestrator.faults import ActorGone, ActorLost, DeadlinePassed, RunError
+from loopwright.orchestrator.processes import Actor, Cluster, Placement, load_target
 from loopwright.orchestrator.resources import Needs, Resources
 from loopwright.orchestrator.trackers import Tracker
 
@@ -36,68 +34,6 @@ ROOT = str(
 
 
 _PATIENCE_S = 3.0  # a job that has just ended may still hold its CPUs
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Placement:
-    """What one process gets."""
-
-    cpus: float = 1.0
-    gpus: float = 0.0
-    threads: int = 1
-    environment: Mapping[str, str] = field(default_factory=dict)
-    shares_memory: bool = False  # with all others that do: they run on one node
-
-
-class Actor(Protocol):
-    """One long-lived process, seen from the controller."""
-
-    name: str
-
-    async def call(self, method: str, *args: Any, timeout_s: float, waiting_for: str) -> Any:
-        """Call a method. Raises `ActorLost`, `DeadlinePassed` (naming `waiting_for`), or what the
-        method raised."""
-        ...
-
-    async def restart(self) -> None:
-        """Kill the process and let a fresh one run the constructor; the actor stays the same."""
-        ...
-
-    def end(self) -> None:
-        """Its work is done: free the process for good."""
-        ...
-
-    def generate_client(self) -> EngineClient:
-        """A picklable callable that asks this rollout actor for a turn; raises `EngineLost` when it
-        is gone."""
-        ...
-
-
-class Cluster(Protocol):
-    """Where actors live."""
-
-    description: str
-    resources: Resources
-    alone: bool  # it is this machine and no other
-
-    def spawn(self, name: str, target: str, args: tuple[Any, ...], placement: Placement) -> Actor:
-        """Start `module:Class` as an actor; returns before its constructor has run."""
-        ...
-
-    def tracker(self, run_name: str) -> Tracker | None:
-        """Where metrics are exported from this cluster; None if it exports none."""
-        ...
-
-    def shutdown(self) -> None:
-        """End every actor spawned here, and the cluster too if this process started it."""
-        ...
-
-
-def load_target(target: str) -> Callable[..., Any]:
-    """The class that `module:Class` names."""
-    module, _, name = target.partition(":")
-    loaded: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    return loaded
 
 
 class RayGenerate:
@@ -412,14 +348,3 @@ def connect(
         )
     except (ConnectionError, OSError, RuntimeError) as error:
         raise RunError(f"no Ray at cluster.address = {address!r}: {error}") from error
-
-
-async def first_exception(*work: Awaitable[Any]) -> list[Any]:
-    """Run side by side; the first failure cancels the rest and is raised as itself, not as a
-    group."""
-    tasks = [asyncio.ensure_future(w) for w in work]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()

@@ -8,8 +8,8 @@ from typing import Any
 
 from loopwright.actors.engine import Completion, GenerateRequest
 from loopwright.actors.env_worker import EngineClient
-from loopwright.orchestrator.cluster import Actor, Placement, load_target
 from loopwright.orchestrator.faults import DeadlinePassed
+from loopwright.orchestrator.processes import Actor, Placement, load_target
 from loopwright.orchestrator.resources import Resources
 
 

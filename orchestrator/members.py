@@ -7,9 +7,10 @@ only so many (`Throttle`), episodes wait for a seat, the lowest priority number 
 import asyncio
 import heapq
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from loopwright.actors.engine import EngineStats
-from loopwright.orchestrator.cluster import Actor
+from loopwright.orchestrator.processes import Actor
 
 _PART = 8  # a limit falls and grows by an eighth
 
@@ -59,10 +60,23 @@ class Member:
     life: int = 0  # how often it was lost; a late report about a former life is no news
 
     @property
+    def key(self) -> str:
+        """Name and life: a restarted process counts as another one."""
+        return f"{self.actor.name}/{self.life}"
+
+    @property
     def has_seat(self) -> bool:
         """Whether it can take one more episode."""
         full = self.throttle is not None and self.episodes >= self.throttle.limit
         return self.ready.is_set() and not full
+
+
+class Recover(Protocol):
+    """Begins to bring a lost member back, once."""
+
+    def __call__(self, member: Member, why: str, *, kill: bool = False) -> None:
+        """`kill` ends a process that hangs first."""
+        ...
 
 
 class Seats:

@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from loopwright.actors.engine import EngineError, EngineStats, OnUpdate, UpdateReport
+from loopwright.actors.engine import EngineStats, OnUpdate, UpdateReport
 from loopwright.actors.env_worker import EpisodeOrder
 from loopwright.actors.episode import EngineLost, EpisodeLimits
 from loopwright.actors.weights import ChannelLost, WeightManifest
 from loopwright.algorithms.records import Outcome, Rollout, decode
 from loopwright.envs.protocol import Task, encode_task
-from loopwright.orchestrator.cluster import Actor, first_exception
+from loopwright.orchestrator.delivery import Delivery, Event, Resend
 from loopwright.orchestrator.faults import (
     ActorGone,
     ActorLost,
@@ -29,16 +29,11 @@ from loopwright.orchestrator.faults import (
     RunError,
 )
 from loopwright.orchestrator.members import Member, Seats, Throttle
+from loopwright.orchestrator.processes import Actor, first_exception
 from loopwright.orchestrator.sampling_record import Episode, SamplingRecord
 from loopwright.orchestrator.seating import Seating
 
 T = TypeVar("T")
-Event = Callable[..., None]  # event(kind, **fields)
-Resend = Callable[[int, tuple[str, ...]], Awaitable[WeightManifest]]  # of (version, members)
-
-
-class WeightsNotProven(RunError):
-    """An engine does not hold what was published."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,12 +89,16 @@ class Pool:
         self._deadlines = deadlines
         self._faults = faults
         self._restarts = restarts
-        self._on_update = on_update
         self._event = event
-        self._resend = resend
-        self._asleep = False
-        self._manifest: WeightManifest | None = None
-        self._publishing = asyncio.Lock()
+        self._delivery = Delivery(
+            publish_s=deadlines.publish_s,
+            on_update=on_update,
+            recover=self._recover,
+            taken=self._serves,
+            event=event,
+            resend=resend,
+            sampling=sampling,
+        )
         self._recent: deque[bool] = deque(maxlen=faults.window)
         self._recovering: dict[Member, asyncio.Task[None]] = {}
         self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -135,21 +134,16 @@ class Pool:
     def members(self) -> tuple[str, ...]:
         """The engines that the next publish goes to, each with its life: a restarted one counts as
         another."""
-        return tuple(f"{m.actor.name}/{m.life}" for m in self._taking_part())
+        return tuple(m.key for m in self._taking_part())
 
     async def sleep(self) -> None:
         """All engines stand still and give back their KV, until the next publish."""
-        self._asleep = True
-        async with self._publishing:
-            await first_exception(*(self._sleep(m) for m in self._engines if m.ready.is_set()))
+        await self._delivery.sleep(lambda: [m for m in self._engines if m.ready.is_set()])
 
     async def publish(self, manifest: WeightManifest) -> list[UpdateReport]:
         """Every engine takes the weights and proves it. An engine that dies meanwhile is restarted
         and then given them; raises `WeightsNotProven` with the names of the tensors that differ."""
-        async with self._publishing:
-            self._manifest, self._asleep = manifest, False
-            reports = await first_exception(*(self._publish_to(m) for m in self._taking_part()))
-        return [r for r in reports if r is not None]
+        return await self._delivery.publish(manifest, self._taking_part)
 
     async def probe(self, token_ids: np.ndarray) -> dict[str, np.ndarray]:
         """Engine by name -> its logprobs [T-1] of given tokens [T]."""
@@ -314,14 +308,7 @@ class Pool:
 
     async def _refill_engine(self, member: Member) -> None:
         await self._start_engine(member)
-        # not in the middle of a publish: it would miss the version under way
-        async with self._publishing:
-            manifest = self._published
-            if self._asleep:
-                raise ChannelLost("the trainer is changing the weights that engines share")
-            if not manifest.lasting:
-                manifest = await self._sent_again(member)
-            await self._update(member, manifest)
+        await self._delivery.refill(member)
 
     async def _start_engine(self, member: Member) -> None:
         pid = await member.actor.call(
@@ -341,75 +328,18 @@ class Pool:
         member.ready.set()
         self._worker_seats.changed()
 
+    def _serves(self, engine: Member) -> None:
+        """It holds the current weights."""
+        engine.ready.set()
+        self._engine_seats.changed()
+
     def _up(self, member: Member, pid: int) -> None:
         if pid != member.pid:
             member.pid = pid
             self._event("actor_up", actor=member.actor.name, pid=pid)
 
-    async def _publish_to(self, member: Member) -> UpdateReport | None:
-        """The engine's report; None if it died: whoever saw that first brings it back, and then it
-        is given the weights."""
-        life = member.life
-        try:
-            try:
-                return await self._update(member, self._published)
-            except ChannelLost as error:  # nothing is wrong with the engine or the weights
-                self._event("publish_again", actor=member.actor.name, why=str(error))
-                return await self._update(member, await self._sent_again(member))
-        except (ActorLost, DeadlinePassed, EngineLost, ChannelLost) as error:
-            if life == member.life:
-                self._recover(member, str(error), kill=isinstance(error, DeadlinePassed))
-            return None
-
-    @property
-    def _published(self) -> WeightManifest:
-        assert self._manifest is not None, "publish or start comes first"
-        return self._manifest
-
     def _taking_part(self) -> list[Member]:
         return [m for m in self._engines if m.ready.is_set() or m not in self._recovering]
-
-    async def _sent_again(self, member: Member) -> WeightManifest:
-        version = self._published.version
-        if self._resend is None:
-            raise ChannelLost(f"version {version} cannot be sent again")
-        return await self._resend(version, (f"{member.actor.name}/{member.life}",))
-
-    async def _sleep(self, member: Member) -> None:
-        life = member.life
-        try:
-            await member.actor.call(
-                "sleep", timeout_s=self._deadlines.publish_s, waiting_for="engine to stand still"
-            )
-        except (ActorLost, DeadlinePassed, EngineLost) as error:
-            if life == member.life:
-                self._recover(member, str(error), kill=isinstance(error, DeadlinePassed))
-
-    async def _update(self, member: Member, manifest: WeightManifest) -> UpdateReport:
-        try:
-            report: UpdateReport = await member.actor.call(
-                "update",
-                manifest,
-                self._on_update,
-                timeout_s=self._deadlines.publish_s,
-                waiting_for=f"weights of version {manifest.version}",
-            )
-        except EngineError as error:
-            raise WeightsNotProven(f"{member.actor.name}: {error}") from error
-        expected = dict(zip(manifest.names, manifest.checksums, strict=True))
-        wrong = [
-            name for name, checksum in expected.items() if report.checksums.get(name) != checksum
-        ]
-        if wrong or report.version != manifest.version:
-            raise WeightsNotProven(
-                f"{member.actor.name} holds version {report.version}, published "
-                f"{manifest.version}; tensors that differ: {', '.join(wrong[:5]) or 'none'}"
-            )
-        if self._sampling is not None:
-            self._sampling.engine(member.actor.name, report.journal)
-        member.ready.set()
-        self._engine_seats.changed()
-        return report
 
     async def _ping(self, member: Member) -> None:
         if not member.ready.is_set():

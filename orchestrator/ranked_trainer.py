@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from loopwright.actors.env_worker import EngineClient
-from loopwright.orchestrator.cluster import Actor
 from loopwright.orchestrator.faults import ActorGone, ActorLost, DeadlinePassed, RunError
+from loopwright.orchestrator.processes import Actor
 
 _GRACE_S = 15.0  # after one rank failed: until Ray knows who died, and the others noticed
 _RANK_0_ALONE = ("resend",)  # calls that exchange nothing between ranks

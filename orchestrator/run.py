@@ -17,7 +17,6 @@ from loopwright.configs.schema import Config
 from loopwright.envs.protocol import Env
 from loopwright.orchestrator import assembly, warm_start
 from loopwright.orchestrator.buffer import GroupBuffer
-from loopwright.orchestrator.cluster import Cluster
 from loopwright.orchestrator.evaluation import evaluate
 from loopwright.orchestrator.faults import Refused, RunError
 from loopwright.orchestrator.groups import Groups
@@ -26,6 +25,7 @@ from loopwright.orchestrator.loop import train
 from loopwright.orchestrator.parity import check_parity
 from loopwright.orchestrator.parts import Parts, checkpoints, read_run_state
 from loopwright.orchestrator.picture import draw
+from loopwright.orchestrator.processes import Cluster
 from loopwright.orchestrator.recorder import Recorder, write_json
 from loopwright.orchestrator.resume import refuse_changes
 from loopwright.orchestrator.sampling_record import SamplingRecord

@@ -8,11 +8,11 @@ next engine that has a seat. When its worker is lost, its world is: it is played
 
 import asyncio
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from loopwright.actors.env_worker import Cut, EpisodeOrder, Parked, WorkerLost
 from loopwright.orchestrator.faults import ActorLost, DeadlinePassed
-from loopwright.orchestrator.members import Member, Seats
+from loopwright.orchestrator.members import Member, Recover, Seats
 
 _TAKE_BACK_S = 12.0  # for a worker to hand back an episode; a silent one is left behind
 _NOT_BEGUN = Cut(turns=0, tokens=0, seconds=0.0)
@@ -24,14 +24,6 @@ class EpisodeTakenBack(Exception):
     def __init__(self, cut: Cut) -> None:
         super().__init__(f"taken back after {cut.tokens} tokens")
         self.cut = cut
-
-
-class Recover(Protocol):
-    """Begins to bring a lost member back, once."""
-
-    def __call__(self, member: Member, why: str, *, kill: bool = False) -> None:
-        """`kill` ends a process that hangs first."""
-        ...
 
 
 class Seating:

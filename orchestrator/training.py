@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from loopwright.actors.weights import ChannelLost, WeightManifest
-from loopwright.orchestrator.cluster import Actor
 from loopwright.orchestrator.faults import (
     ActorGone,
     ActorLost,
@@ -25,6 +24,7 @@ from loopwright.orchestrator.faults import (
     RestartBudget,
     RunError,
 )
+from loopwright.orchestrator.processes import Actor
 
 if TYPE_CHECKING:
     from loopwright.actors.dry_run import DryRun

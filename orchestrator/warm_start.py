@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from loopwright.actors.demonstrations import Demonstration, demonstrate
 from loopwright.configs.schema import Config
 from loopwright.envs.protocol import Env, TaskSource
-from loopwright.orchestrator.cluster import Actor, Cluster, Placement
 from loopwright.orchestrator.faults import RunError
+from loopwright.orchestrator.processes import Actor, Cluster, Placement
 from loopwright.orchestrator.recorder import Recorder
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from loopwright.actors.engine import UpdateReport
 from loopwright.actors.env_worker import EpisodeOrder, Parked, WorkerLost
 from loopwright.actors.weights import WeightManifest
 from loopwright.algorithms.records import Outcome
+from loopwright.orchestrator.delivery import WeightsNotProven
 from loopwright.orchestrator.faults import ActorLost, DeadlinePassed, RunError
-from loopwright.orchestrator.pool import WeightsNotProven
 from tests.scripted import ScriptedActor
 from tests.scripted_pool import (
     Events,
