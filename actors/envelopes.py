@@ -55,6 +55,7 @@ class Mailbox:
         self._outbox: list[GenerateRequest] = []
         self._withdrawn: list[str] = []
         self._under_way: set[asyncio.Task[None]] = set()
+        self._at_engine = 0  # envelopes not yet answered, of this life
         self._timer: asyncio.TimerHandle | None = None
         self._life = 0  # of the actor: an envelope to a former one is no news about this one
 
@@ -89,6 +90,7 @@ class Mailbox:
             withdrawn=tuple(self._withdrawn),
         )
         self._outbox, self._withdrawn = [], []
+        self._at_engine += 1
         task = asyncio.get_running_loop().create_task(self._converse(envelope, self._life))
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
@@ -102,6 +104,8 @@ class Mailbox:
         except Exception as error:  # noqa: BLE001 - the boundary: told to every caller
             why = f"the exchange failed: {type(error).__name__}: {error}"
             return self._fail(EngineError(why), life)
+        # counted here and not by the tasks: two that come home at once would each see the other
+        self._at_engine -= life == self._life
         for answer in answers:
             waiting = self._open.get(answer.request_id)
             if waiting is None or waiting.done():
@@ -110,14 +114,14 @@ class Mailbox:
                 waiting.set_exception(EngineError(answer.why))
             else:
                 waiting.set_result(answer)
-        others = len(self._under_way) > 1
-        if not others and any(not future.done() for future in self._open.values()):
+        if not self._at_engine and any(not future.done() for future in self._open.values()):
             self._send_soon(asyncio.get_running_loop())
 
     def _fail(self, error: Exception, life: int) -> None:
         if life != self._life:
             return
         self._life += 1
+        self._at_engine = 0
         for waiting in self._open.values():
             if not waiting.done():
                 waiting.set_exception(error)

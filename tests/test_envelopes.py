@@ -25,6 +25,17 @@ def request(number: int) -> GenerateRequest:
     )
 
 
+def completion(number: int) -> Completion:
+    """The answer to request `number`: one token, its number."""
+    return Completion(
+        request_id=f"r{number}",
+        token_ids=np.array([number], np.int32),
+        logprobs=np.zeros(1, np.float32),
+        versions=np.zeros(1, np.int32),
+        finish_reason=FinishReason.LENGTH,
+    )
+
+
 class Steps:
     """An engine that ends, at each step, whichever of its requests chance picks."""
 
@@ -61,15 +72,7 @@ class Steps:
         """End some of what runs."""
         for request_id, future in list(self._running.items()):
             if not future.done() and self._chance.random() < 0.5:
-                future.set_result(
-                    Completion(
-                        request_id=request_id,
-                        token_ids=np.array([int(request_id[1:])], np.int32),
-                        logprobs=np.zeros(1, np.float32),
-                        versions=np.zeros(1, np.int32),
-                        finish_reason=FinishReason.LENGTH,
-                    )
-                )
+                future.set_result(completion(int(request_id[1:])))
         await asyncio.sleep(0.001)
 
     async def run(self) -> None:
@@ -156,5 +159,32 @@ def test_a_caller_that_goes_away_takes_its_request_along() -> None:
             await asyncio.sleep(0)
         assert engine.cancelled == ["r1"]
         running.cancel()
+
+    run(scenario())
+
+
+def test_two_envelopes_that_come_home_at_once_do_not_leave_a_request_behind() -> None:
+    async def scenario() -> None:
+        at_engine: list[asyncio.Future[list[Answer]]] = []
+
+        async def exchange(envelope: Envelope) -> list[Answer]:
+            at_engine.append(asyncio.get_running_loop().create_future())
+            return await at_engine[-1]
+
+        async def sent(count: int) -> None:
+            while len(at_engine) < count:
+                await asyncio.sleep(0)
+
+        mailbox = Mailbox(exchange)
+        first = asyncio.create_task(mailbox.generate(request(1)))
+        await sent(1)
+        second = asyncio.create_task(mailbox.generate(request(2)))
+        await sent(2)
+        at_engine[0].set_result([completion(1)])
+        at_engine[1].set_result([])
+        assert (await first).token_ids.tolist() == [1]
+        await sent(3)  # it fetches the other answer
+        at_engine[2].set_result([completion(2)])
+        assert (await second).token_ids.tolist() == [2]
 
     run(scenario())
