@@ -11,6 +11,9 @@ counts: other work on the machine only ever slows a run down.
 
 Beside the measured ratio stands the bound 1 / max(g, t): g and t are the shares of a synchronous
 step spent generating and training (with publishing); perfect overlap leaves the longer of the two.
+Below it stand the CPU seconds of every process of the run a step, and what all other processes of
+the machine took of the cores meanwhile: where that is not close to 0 the seconds say little, while
+the CPU seconds still say what a step costs.
 """
 
 import argparse
@@ -21,8 +24,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +41,8 @@ _ALWAYS = (
     "cluster.address=local",
 )
 _TIME_LIMIT_S = 1800
+_MARK = "LOOPWRIGHT_BENCHMARK_RUN"  # in the environment of a run's processes
+_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +57,18 @@ class Timing:
     publish_s: float
     tokens: float  # generated, per step
     lag_mean: float
+    cpu_s: dict[str, float] = field(default_factory=dict)  # a step, by kind of process
+    others_frac: float = 0.0  # of all CPUs, taken by what is not of the run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Used:
+    """CPU seconds used so far."""
+
+    at_s: float  # monotonic
+    step: int  # the newest on record
+    run_s: dict[str, float]  # by kind of process
+    machine_s: float
 
 
 def main() -> int:
@@ -62,8 +81,8 @@ def main() -> int:
         repeats: dict[int, list[Timing]] = {lag: [] for lag in arguments.lags}
         for repeat in range(arguments.repeats):
             for lag in arguments.lags:
-                rows = _train(prefix, arguments, folder, model, lag, repeat)
-                repeats[lag].append(timing(lag, rows[arguments.skip :]))
+                rows, used = _train(prefix, arguments, folder, model, lag, repeat)
+                repeats[lag].append(timing(lag, rows[arguments.skip :], used))
                 print(f"  {repeats[lag][-1].step_s:.2f} s a step", flush=True)
     timings = [min(found, key=lambda t: t.step_s) for found in repeats.values()]
     print(table(timings))
@@ -80,8 +99,13 @@ def main() -> int:
     return 0
 
 
-def timing(max_lag: int, rows: Sequence[dict[str, Any]]) -> Timing:
-    """Means of `rows`, metrics of consecutive steps with `step_s` added."""
+def timing(max_lag: int, rows: Sequence[dict[str, Any]], used: tuple[Used, Used]) -> Timing:
+    """Means of `rows`, metrics of consecutive steps with `step_s` added, and of what was `used`
+    from one step to another."""
+    first, last = used
+    steps = max(last.step - first.step, 1)
+    ours = sum(last.run_s.values()) - sum(first.run_s.values())
+    elsewhere = last.machine_s - first.machine_s - ours
 
     def mean(name: str) -> float:
         return sum(row.get(name, 0.0) for row in rows) / len(rows)
@@ -95,6 +119,8 @@ def timing(max_lag: int, rows: Sequence[dict[str, Any]]) -> Timing:
         publish_s=mean("time/publish_s"),
         tokens=mean("rollout/generated_tokens"),
         lag_mean=mean("rollout/lag_mean"),
+        cpu_s={k: (v - first.run_s.get(k, 0.0)) / steps for k, v in sorted(last.run_s.items())},
+        others_frac=elsewhere / (last.at_s - first.at_s) / (os.cpu_count() or 1),
     )
 
 
@@ -117,6 +143,12 @@ def table(timings: Sequence[Timing]) -> str:
     generating = sync.take_s / sync.step_s
     training = (sync.train_s + sync.publish_s) / sync.step_s
     lines.append(f"shares of a synchronous step: g {generating:.2f}, t {training:.2f}")
+    kinds = sorted({kind for t in timings for kind in t.cpu_s})
+    lines.append("CPU s a step   all  " + "  ".join(f"{kind:>11}" for kind in kinds) + "  others")
+    for t in timings:
+        each = "  ".join(f"{t.cpu_s.get(kind, 0.0):11.2f}" for kind in kinds)
+        whole = sum(t.cpu_s.values())
+        lines.append(f"max_lag {t.max_lag:2d}   {whole:5.2f}  {each}  {t.others_frac:6.0%}")
     return "\n".join(lines)
 
 
@@ -143,15 +175,68 @@ def _pinned(cores: str) -> list[str]:
     return ["taskset", "-c", cores] if cores and shutil.which("taskset") else []
 
 
-def _loopwright(prefix: Sequence[str], arguments: Sequence[str]) -> None:
-    command = [*prefix, sys.executable, "-m", "loopwright.orchestrator", *arguments]
-    # Ray runs its workers at nice 15: beside other work that would measure the other work
-    environment = {"RAY_worker_niceness": "0", **os.environ}
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=_TIME_LIMIT_S, env=environment
-    )
-    if done.returncode:
-        raise SystemExit(f"{' '.join(arguments)}: exit code {done.returncode}\n{done.stderr}")
+class _Run:
+    """`loopwright ...` in a process of its own, which the block waits for."""
+
+    def __init__(self, prefix: Sequence[str], arguments: Sequence[str], mark: str) -> None:
+        self._arguments, self._mark = arguments, f"{_MARK}={mark}".encode()
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the run
+        # Ray runs its workers at nice 15: beside other work that would measure the other work
+        environment = {"RAY_worker_niceness": "0", **os.environ, _MARK: mark}
+        self.process = subprocess.Popen(
+            [*prefix, sys.executable, "-m", "loopwright.orchestrator", *arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=self._errors,
+            env=environment,
+        )
+
+    def finish(self) -> None:
+        """Wait for the end; raises `SystemExit` with what the run said if it failed."""
+        code = self.process.wait(timeout=_TIME_LIMIT_S)
+        self._errors.seek(0)
+        if code:
+            text = self._errors.read()
+            raise SystemExit(f"{' '.join(self._arguments)}: exit code {code}\n{text}")
+
+    def used_at(self, folder: Path, step: int) -> Used:
+        """CPU seconds used when `step` gets on record, or when the run ends before."""
+        ends = time.monotonic() + _TIME_LIMIT_S
+        found = 0
+        while found < step and self.process.poll() is None and time.monotonic() < ends:
+            time.sleep(0.02)
+            found = _steps_on_record(folder)
+        return self._used(folder, found)
+
+    def _used(self, folder: Path, step: int) -> Used:
+        kinds = {self.process.pid: "driver"}
+        for line in _whole_lines(folder / "events.jsonl"):
+            if line["kind"] == "actor_up":
+                kinds[int(line["pid"])] = str(line["actor"]).rstrip(" 0123456789")
+        run_s: Counter[str] = Counter()
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                if self._mark not in (entry / "environ").read_bytes():
+                    continue
+                stat = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue  # it has ended, or is another user's
+            kind = kinds.get(int(entry.name), "Ray")
+            run_s[kind] += (int(stat[11]) + int(stat[12])) / _TICKS
+        busy = Path("/proc/stat").read_text().split(maxsplit=9)
+        machine = sum(int(busy[i]) for i in (1, 2, 3, 6, 7)) / _TICKS
+        return Used(at_s=time.monotonic(), step=step, run_s=dict(run_s), machine_s=machine)
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(True) if line[-1] == "\n"]
+
+
+def _steps_on_record(folder: Path) -> int:
+    return sum("time/take_s" in row for row in _whole_lines(folder / "metrics.jsonl"))
 
 
 def _settings(overrides: Sequence[str]) -> list[str]:
@@ -162,7 +247,7 @@ def _warm_start(prefix: Sequence[str], arguments: argparse.Namespace, folder: Pa
     print("warm start ...", flush=True)
     overrides = ["warm_start.demonstrations=400", "warm_start.steps=300", *arguments.overrides]
     overrides += ["cluster.address=local", f"run.dir={folder}", "run.name=policy"]
-    _loopwright(prefix, ["warmstart", arguments.config, *_settings(overrides)])
+    _Run(prefix, ["warmstart", arguments.config, *_settings(overrides)], "warm-start").finish()
     return str(folder / "policy" / "warm_start")
 
 
@@ -173,18 +258,21 @@ def _train(
     model: str,
     lag: int,
     repeat: int,
-) -> list[dict[str, Any]]:
-    """One run; the metrics of its steps, from the second on with the seconds since the last."""
+) -> tuple[list[dict[str, Any]], tuple[Used, Used]]:
+    """One run; the metrics of its steps, from the second on with the seconds since the last, and
+    what was used at the first and the last measured one."""
     name = f"lag-{lag}-{repeat}"
     print(f"{name}: {arguments.steps} steps, load {os.getloadavg()[0]:.1f} ...", flush=True)
     overrides = [*arguments.overrides, *_ALWAYS, f"model.path={model}", f"run.dir={folder}"]
     overrides += [f"run.name={name}", f"run.steps={arguments.steps}", f"rollout.max_lag={lag}"]
-    _loopwright(prefix, ["train", arguments.config, *_settings(overrides)])
-    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if "time/take_s" in row]
+    run = _Run(prefix, ["train", arguments.config, *_settings(overrides)], f"{folder}/{name}")
+    first = run.used_at(folder / name, arguments.skip)
+    last = run.used_at(folder / name, arguments.steps - 1)  # after the last one its actors end
+    run.finish()
+    rows = [row for row in _whole_lines(folder / name / "metrics.jsonl") if "time/take_s" in row]
     for before, row in itertools.pairwise(rows):
         row["step_s"] = row["time/elapsed_s"] - before["time/elapsed_s"]
-    return rows
+    return rows, (first, last)
 
 
 if __name__ == "__main__":
