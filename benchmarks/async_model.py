@@ -49,6 +49,7 @@ from loopwright.orchestrator.pool import Deadlines, FaultLimits, Pool, episode_s
 from loopwright.orchestrator.recorder import Recorder
 from loopwright.orchestrator.tasks import TaskStream
 from loopwright.orchestrator.training import Training
+from loopwright.orchestrator.watchdog import Watchdog
 
 P, K, SLOTS = 8, 4, 16
 TOKENS, LONGEST = 100, 1000  # of a turn: on average, and at most
@@ -258,6 +259,7 @@ async def measure(case: Case, *, token_s: float, steps: int, folder: Path) -> di
         ),
         pool=pool,
         training=training,
+        watchdog=Watchdog(recorder.event, ping_every_s=5, hang_s=600),
         by_turns=False,
         ledger=ledger,
         recorder=recorder,

@@ -28,6 +28,7 @@ from loopwright.orchestrator.samplers import Draws
 from loopwright.orchestrator.sampling_record import SamplingRecord
 from loopwright.orchestrator.tasks import DRAWS, Played
 from loopwright.orchestrator.training import Training
+from loopwright.orchestrator.watchdog import Watchdog
 
 
 @dataclass(slots=True, kw_only=True)
@@ -37,6 +38,7 @@ class Actors:
     pool: Pool
     training: Training
     plan: placement.Plan
+    watchdog: Watchdog
 
 
 def open_cluster(config: Config, recorder: Recorder) -> Cluster:
@@ -134,9 +136,12 @@ def spawn(
     plan = placement.plan(config, cluster.resources)
     recorder.event("placement", channel=plan.channel, carrier=plan.carrier, why=str(plan))
     recorder.phase(str(plan))
-    trainer = _spawn_trainer(cluster, config, model_path, plan, recorder)
+    c = config.cluster
+    watchdog = Watchdog(recorder.event, ping_every_s=c.ping_every_s, hang_s=c.hang_timeout_s)
+    trainer = _spawn_trainer(cluster, config, model_path, plan, watchdog)
     engines = [
-        _spawn_engine(cluster, config, model_path, plan, i) for i in range(config.rollout.engines)
+        watchdog.watch(_spawn_engine(cluster, config, model_path, plan, i))
+        for i in range(config.rollout.engines)
     ]
     settings = WorkerSettings(
         environment=config.environment.name,
@@ -144,22 +149,23 @@ def spawn(
         tokenizer_path=model_path,
     )
     workers = [
-        cluster.spawn(
-            f"environment worker {i}",
-            "loopwright.actors.env_worker:EnvWorker",
-            (settings,),
-            Placement(cpus=placement.worker_cpus()),
+        watchdog.watch(
+            cluster.spawn(
+                f"environment worker {i}",
+                "loopwright.actors.env_worker:EnvWorker",
+                (settings,),
+                Placement(cpus=placement.worker_cpus()),
+            )
         )
         for i in range(config.environment.workers)
     ]
-    c = config.cluster
     training = Training(
         trainer,
         initial=model_path,
         start_s=c.start_timeout_s,
         step_s=c.step_timeout_s,
         restarts=restarts,
-        event=recorder.event,
+        event=watchdog.event,
     )
     pool = Pool(
         engines,
@@ -176,20 +182,21 @@ def spawn(
         restarts=restarts,
         on_update=config.rollout.on_update,
         most_episodes=2 * config.rollout.concurrency if config.rollout.adaptive_concurrency else 0,
-        event=recorder.event,
+        event=watchdog.event,
         resend=training.resend,
         sampling=sampling,
     )
-    return Actors(pool=pool, training=training, plan=plan)
+    watchdog.begin()
+    return Actors(pool=pool, training=training, plan=plan, watchdog=watchdog)
 
 
 def _spawn_trainer(
-    cluster: Cluster, config: Config, model_path: str, plan: placement.Plan, recorder: Recorder
+    cluster: Cluster, config: Config, model_path: str, plan: placement.Plan, watchdog: Watchdog
 ) -> Actor:
     """The trainer, one process a rank."""
     settings, share = trainer_settings(config, model_path), placement.shares(config, plan)
     count = config.trainer.ranks
-    ranks = [
+    spawned = [
         cluster.spawn(
             "trainer" if count == 1 else f"trainer rank {rank}",
             "loopwright.actors.trainer:Trainer",
@@ -208,11 +215,14 @@ def _spawn_trainer(
         )
         for rank in range(count)
     ]
+    # in this process it cannot hang alone
+    apart = config.cluster.address != "none"
+    ranks = [watchdog.watch(actor, pinged=apart) for actor in spawned]
     if count == 1:
         return ranks[0]
     c = config.cluster
     return RankedTrainer(
-        ranks, join_s=c.start_timeout_s, exchange_s=c.step_timeout_s, event=recorder.event
+        ranks, join_s=c.start_timeout_s, exchange_s=c.step_timeout_s, event=watchdog.event
     )
 
 

@@ -22,6 +22,7 @@ from loopwright.actors.env_worker import EngineClient
 from loopwright.actors.envelopes import Answer, Envelope, Mailbox
 from loopwright.actors.episode import EngineLost
 from loopwright.orchestrator.faults import ActorGone, ActorLost, DeadlinePassed, RunError
+from loopwright.orchestrator.inspection import Home, home
 from loopwright.orchestrator.processes import Actor, Cluster, Placement, load_target
 from loopwright.orchestrator.resources import Needs, Resources
 from loopwright.orchestrator.trackers import Tracker
@@ -116,9 +117,20 @@ class RayActor:
         with contextlib.suppress(ray.exceptions.RayError, ValueError):
             ray.kill(self.handle, no_restart=True)
 
+    async def home(self, *, timeout_s: float) -> Home:
+        """As `Actor.home`."""
+        where: Home = await self.call(
+            "__ray_call__", _home, timeout_s=timeout_s, waiting_for="its whereabouts"
+        )
+        return where
+
     def generate_client(self) -> EngineClient:
         """Carried to the environment workers by Ray."""
         return RayGenerate(self.handle, self.name)
+
+
+def _home(_actor: Any) -> Home:
+    return home()
 
 
 def _last_line(error: Exception) -> str:
@@ -267,7 +279,7 @@ class RayCluster:
             )
         cls = load_target(target)
         if not _is_asynchronous(cls):
-            options["max_concurrency"] = 2  # so that a ping is answered during a long step
+            options["max_concurrency"] = 3  # a ping is answered during a long step and a resend
         actor = RayActor(name, ray.remote(cls).options(**options).remote(*args))
         self._actors.append(actor)
         return actor

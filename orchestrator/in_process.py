@@ -9,6 +9,7 @@ from typing import Any
 from loopwright.actors.engine import Completion, GenerateRequest
 from loopwright.actors.env_worker import EngineClient
 from loopwright.orchestrator.faults import DeadlinePassed
+from loopwright.orchestrator.inspection import Home, home
 from loopwright.orchestrator.processes import Actor, Placement, load_target
 from loopwright.orchestrator.resources import Resources
 
@@ -42,6 +43,10 @@ class InProcessActor:
     def end(self) -> None:
         """Forget the object."""
         self._object = None
+
+    async def home(self, *, timeout_s: float) -> Home:
+        """This process."""
+        return home()
 
     def generate_client(self) -> EngineClient:
         """The object's own `generate`, whichever object that is at the time."""

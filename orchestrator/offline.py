@@ -47,6 +47,7 @@ async def evaluate_target(target: str, config_path: str, overrides: Sequence[str
                 timeout_s=config.cluster.step_timeout_s,
                 progress=recorder.progress("evaluate"),
             )
+            await actors.watchdog.close()
             await actors.pool.close()
             await actors.training.close()
         finally:

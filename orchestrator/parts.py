@@ -17,13 +17,14 @@ from loopwright.algorithms.records import Group, TrainBatch, encode
 from loopwright.envs.protocol import Task
 from loopwright.orchestrator.buffer import GroupBuffer
 from loopwright.orchestrator.evaluation import evaluate
-from loopwright.orchestrator.faults import RunError
+from loopwright.orchestrator.faults import DeadlinePassed, RunError
 from loopwright.orchestrator.groups import Groups
 from loopwright.orchestrator.ledger import Ledger, LedgerError
 from loopwright.orchestrator.pool import Pool
 from loopwright.orchestrator.recorder import Recorder
 from loopwright.orchestrator.tasks import TaskStream
 from loopwright.orchestrator.training import Training
+from loopwright.orchestrator.watchdog import Watchdog
 
 
 @dataclass(slots=True, kw_only=True)
@@ -48,6 +49,7 @@ class Parts:
     groups: Groups
     pool: Pool
     training: Training
+    watchdog: Watchdog
     ledger: Ledger
     recorder: Recorder
     by_turns: bool = False  # trainer and engines share a device
@@ -67,6 +69,8 @@ class Parts:
             try:
                 await asyncio.wait([taking, stopping], return_when=asyncio.FIRST_COMPLETED)
                 return taking.result() if taking.done() else None
+            except DeadlinePassed as error:
+                raise DeadlinePassed(f"{error}; {self.watchdog.longest()}") from None
             finally:
                 taking.cancel()
                 stopping.cancel()
@@ -157,6 +161,7 @@ class Parts:
 
     async def close(self) -> None:
         """Stop recovering actors, and let go of the shared memory."""
+        await self.watchdog.close()
         await self.pool.close()
         await self.training.close()
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from loopwright.actors.env_worker import EngineClient
+from loopwright.orchestrator.inspection import Home
 from loopwright.orchestrator.resources import Resources
 from loopwright.orchestrator.trackers import Tracker
 
@@ -41,6 +42,10 @@ class Actor(Protocol):
 
     def end(self) -> None:
         """Its work is done: free the process for good."""
+        ...
+
+    async def home(self, *, timeout_s: float) -> Home:
+        """Where its process lives, asked of itself; raises as `call`."""
         ...
 
     def generate_client(self) -> EngineClient:

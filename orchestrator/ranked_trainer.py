@@ -17,6 +17,7 @@ from typing import Any
 
 from loopwright.actors.env_worker import EngineClient
 from loopwright.orchestrator.faults import ActorGone, ActorLost, DeadlinePassed, RunError
+from loopwright.orchestrator.inspection import Home
 from loopwright.orchestrator.processes import Actor
 
 _GRACE_S = 15.0  # after one rank failed: until Ray knows who died, and the others noticed
@@ -73,6 +74,10 @@ class RankedTrainer:
         """Free all processes for good."""
         for rank in self._ranks:
             rank.end()
+
+    async def home(self, *, timeout_s: float) -> Home:
+        """Rank 0's."""
+        return await self._ranks[0].home(timeout_s=timeout_s)
 
     def generate_client(self) -> EngineClient:
         """A trainer generates nothing."""

@@ -274,6 +274,7 @@ def _parts(
         ),
         pool=actors.pool,
         training=actors.training,
+        watchdog=actors.watchdog,
         by_turns=actors.plan.colocated,
         ledger=ledger,
         recorder=recorder,

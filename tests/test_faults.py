@@ -52,18 +52,22 @@ class TestProcesses:
         self, tmp_path: Path, model: str
     ) -> None:
         config = write_config(
-            tmp_path, model, environment="Slow", address="local", steps=11, max_lag=1
+            tmp_path, model, environment="Slow", address="local", steps=12, max_lag=1
         )
         with DrivenRun(config, "trainer.epochs=12") as run:
             run.wait("step 1", lambda: run.steps() >= 1)
             for actor, number in ((ROLLOUT, signal.SIGKILL), (WORKER, signal.SIGKILL)):
                 self._hit(run, actor, number)
             self._kill_trainer_in_a_step(run)
-            self._hit(run, ROLLOUT, signal.SIGSTOP)
+            for actor in (ROLLOUT, TRAINER):
+                self._hit(run, actor, signal.SIGSTOP)
+                (*_, stuck) = (e for e in run.events("actor_stuck") if e["actor"] == actor)
+                assert stuck["state"] == "stopped by a signal"
+                assert any("loopwright" in line or "worker" in line for line in stuck["stack"])
             assert run.finish() == DONE, run.errors()
-            assert run.summary()["restarts"] >= 4
+            assert run.summary()["restarts"] >= 5
             assert "Traceback" not in run.errors() and "never retrieved" not in run.errors()
-            assert_clean(run.folder, 11)
+            assert_clean(run.folder, 12)
             assert all(step.equal for step in replay(run.folder))
             assert run.processes() == []
 

@@ -1,0 +1,240 @@
+"""The watchdog: who is stuck, since when, what was last heard of it, and where it stands.
+
+Every actor of a run is called through a `Watched`. When a call's deadline passes, the process is
+looked at from outside before anybody ends it, once, whatever number of calls wait for it; what is
+seen goes into the event `actor_stuck` and into the error. A trainer's calls take as long as a step
+takes, so it is asked for a sign of life while it is at one, which it gives from another thread.
+When nothing at all comes back from anybody, the event `quiet` says who is waited for longest.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from loopwright.actors.env_worker import EngineClient
+from loopwright.orchestrator.faults import ActorLost, DeadlinePassed
+from loopwright.orchestrator.inspection import Home, Look, lives_here, look
+from loopwright.orchestrator.processes import Actor
+
+_BEGINS = ("start", "load", "reset", "join")  # the first calls of a process's life
+_HOME_S = 10.0
+Event = Callable[..., None]  # event(kind, **fields)
+
+
+@dataclass(slots=True, eq=False)
+class _Asked:
+    """A call that has not been answered."""
+
+    waiting_for: str
+    since: float = field(default_factory=time.monotonic)
+
+    def __str__(self) -> str:
+        return f"{self.waiting_for}, for {time.monotonic() - self.since:.1f} s"
+
+
+class Watchdog:
+    """Knows every call under way and the last event of every actor."""
+
+    def __init__(self, event: Event, *, ping_every_s: float, hang_s: float) -> None:
+        """`hang_s` of silence are too many, of an actor that is pinged or of all together."""
+        self._pass_on = event
+        self.ping_every_s = ping_every_s
+        self.hang_s = hang_s
+        self._watched: list[Watched] = []
+        self._events: dict[str, tuple[float, str]] = {}  # actor -> when, kind
+        self._heard = time.monotonic()  # of anybody, pings apart
+        self._watching: asyncio.Task[None] | None = None
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Pass an event on, and remember it as the last of its actor."""
+        if "actor" in fields:
+            self._events[fields["actor"]] = time.monotonic(), kind
+        self._pass_on(kind, **fields)
+
+    def watch(self, actor: Actor, *, pinged: bool = False) -> Actor:
+        """The actor, watched. `pinged`: it is asked for signs of life during its calls."""
+        watched = Watched(actor, self, pinged=pinged)
+        self._watched.append(watched)
+        return watched
+
+    def begin(self) -> None:
+        """From now on say so when nothing comes back from anybody."""
+        self._watching = asyncio.get_running_loop().create_task(self._watch())
+
+    async def close(self) -> None:
+        """Stop watching."""
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+
+    def heard(self) -> None:
+        """Somebody has done something."""
+        self._heard = time.monotonic()
+
+    def last_event(self, actor: str) -> str:
+        """Kind and age of an actor's last event; empty if it had none."""
+        if actor not in self._events:
+            return ""
+        when, kind = self._events[actor]
+        return f"{kind} {time.monotonic() - when:.1f} s ago"
+
+    def longest(self) -> str:
+        """Who is waited for longest, and for what; empty if nobody is."""
+        waiting = [(call.since, w, call) for w in self._watched for call in w.asked]
+        if not waiting:
+            return ""
+        _, actor, call = min(waiting, key=lambda found: found[0])
+        return f"longest waited for is {actor.name}: {call}"
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(min(self.hang_s, max(0.01, self._heard + self.hang_s - _now())))
+            silent_s = _now() - self._heard
+            waiting = [w for w in self._watched if w.asked]
+            if silent_s < self.hang_s or not waiting:
+                continue
+            oldest = min(waiting, key=lambda w: min(call.since for call in w.asked))
+            seen = await oldest.seen()
+            self.event(
+                "quiet",
+                actor=oldest.name,
+                silent_s=round(silent_s, 1),
+                stack=seen.stack,
+                text=f"nothing has come back for {silent_s:.0f} s; {self.longest()}; {seen}",
+            )
+            await asyncio.sleep(self.hang_s)
+
+
+class Watched:
+    """An `Actor` whose calls are known to the watchdog."""
+
+    def __init__(self, actor: Actor, watchdog: Watchdog, *, pinged: bool) -> None:
+        """Called by `Watchdog.watch`."""
+        self.name = actor.name
+        self.asked: set[_Asked] = set()
+        self._actor = actor
+        self._watchdog = watchdog
+        self._pinged = pinged
+        self._home: Home | None = None
+        self._answered = ""  # the last call that was
+        self._answered_at = 0.0
+        self._report: asyncio.Task[str] | None = None  # of being stuck, until it answers again
+
+    async def call(self, method: str, *args: Any, timeout_s: float, waiting_for: str) -> Any:
+        """As `Actor.call`. `DeadlinePassed` tells what was seen of the process."""
+        asked = _Asked(waiting_for)
+        self.asked.add(asked)
+        try:
+            answer = await self._call(method, args, timeout_s, waiting_for)
+        except DeadlinePassed as error:
+            raise DeadlinePassed(f"{error}; {await self._stuck(asked)}") from None
+        finally:
+            self.asked.discard(asked)
+        self._answered, self._answered_at, self._report = waiting_for, _now(), None
+        if method != "ping":
+            self._watchdog.heard()
+        if method in _BEGINS:
+            with contextlib.suppress(ActorLost, DeadlinePassed):
+                self._home = await self.home(timeout_s=_HOME_S)
+        return answer
+
+    async def restart(self) -> None:
+        """As `Actor.restart`."""
+        await self._actor.restart()
+        self._home = self._report = None
+
+    def end(self) -> None:
+        """As `Actor.end`."""
+        self._actor.end()
+
+    def generate_client(self) -> EngineClient:
+        """As `Actor.generate_client`."""
+        return self._actor.generate_client()
+
+    async def home(self, *, timeout_s: float) -> Home:
+        """As `Actor.home`."""
+        return await self._actor.home(timeout_s=timeout_s)
+
+    async def seen(self) -> Look:
+        """What its process is doing."""
+        if self._home is None:
+            return Look(why_not="it has never said where it runs")
+        return await asyncio.to_thread(look, self._home)
+
+    async def _call(
+        self, method: str, args: tuple[Any, ...], timeout_s: float, waiting_for: str
+    ) -> Any:
+        call = self._actor.call
+        if not self._pinged:
+            return await call(method, *args, timeout_s=timeout_s, waiting_for=waiting_for)
+        if method == "ping":
+            return await self._ping(timeout_s, waiting_for)
+        work = asyncio.ensure_future(
+            call(method, *args, timeout_s=timeout_s, waiting_for=waiting_for)
+        )
+        try:
+            while not (await asyncio.wait([work], timeout=self._watchdog.ping_every_s))[0]:
+                await self._sign_of_life(work, waiting_for)
+            return work.result()
+        finally:
+            work.cancel()
+
+    async def _sign_of_life(self, work: "asyncio.Future[Any]", waiting_for: str) -> None:
+        """One, unless `work` ends before. If its process dies, the work itself will say so."""
+        what = f"sign of life during {waiting_for}"
+        ping = asyncio.ensure_future(
+            self._actor.call("ping", timeout_s=self._watchdog.hang_s, waiting_for=what)
+        )
+        try:
+            await asyncio.wait([work, ping], return_when=asyncio.FIRST_COMPLETED)
+            if ping.done() and not work.done():
+                with contextlib.suppress(ActorLost):
+                    ping.result()
+        finally:
+            ping.cancel()
+
+    async def _ping(self, timeout_s: float, waiting_for: str) -> Any:
+        """One that still lives answers soon; one that has ended answers once it is restarted."""
+        first_s = timeout_s if self._home is None else min(timeout_s, self._watchdog.hang_s)
+        try:
+            return await self._actor.call("ping", timeout_s=first_s, waiting_for=waiting_for)
+        except DeadlinePassed:
+            if first_s == timeout_s or (self._home is not None and lives_here(self._home)):
+                raise
+        left_s = timeout_s - first_s
+        return await self._actor.call("ping", timeout_s=left_s, waiting_for=waiting_for)
+
+    async def _stuck(self, asked: _Asked) -> str:
+        if self._report is None:
+            self._report = asyncio.get_running_loop().create_task(self._look(asked))
+        return await asyncio.shield(self._report)
+
+    async def _look(self, asked: _Asked) -> str:
+        heard = "it has never answered"
+        if self._answered:
+            ago_s = _now() - self._answered_at
+            heard = f"its last answer was to {self._answered}, {ago_s:.1f} s ago"
+        seen = await self.seen()
+        last = self._watchdog.last_event(self.name)
+        process = f"process {self._home.pid}" if self._home is not None else "its process"
+        told = f"{heard}; {process}: {seen}"
+        self._watchdog.event(
+            "actor_stuck",
+            actor=self.name,
+            pid=self._home.pid if self._home is not None else 0,
+            host=self._home.host if self._home is not None else "",
+            waiting_for=asked.waiting_for,
+            seconds=round(_now() - asked.since, 1),
+            last_event=last,
+            state=seen.state,
+            stack=seen.stack,
+            text=f"{self.name}: {asked}; {told}; last event: {last or 'none'}",
+        )
+        return told
+
+
+def _now() -> float:
+    return time.monotonic()
