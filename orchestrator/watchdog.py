@@ -5,11 +5,15 @@ looked at from outside before anybody ends it, once, whatever number of calls wa
 seen goes into the event `actor_stuck` and into the error. A trainer's calls take as long as a step
 takes, so it is asked for a sign of life while it is at one, which it gives from another thread.
 When nothing at all comes back from anybody, the event `quiet` says who is waited for longest.
+
+A controller that itself stood still (stopped and continued, a machine without time for it) finds
+deadlines of signs of life passed that nobody had a chance to keep: these it asks for again.
 """
 
 import asyncio
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +25,7 @@ from loopwright.orchestrator.processes import Actor
 
 _BEGINS = ("start", "load", "reset", "join")  # the first calls of a process's life
 _HOME_S = 10.0
+_TICK_S = 0.5
 Event = Callable[..., None]  # event(kind, **fields)
 
 
@@ -45,13 +50,16 @@ class Watchdog:
         self.hang_s = hang_s
         self._watched: list[Watched] = []
         self._events: dict[str, tuple[float, str]] = {}  # actor -> when, kind
-        self._heard = time.monotonic()  # of anybody, pings apart
+        self._heard = _now()  # of anybody, pings apart
+        self._quiet_until = 0.0  # it was said that nothing comes back
+        self._tick = _now()
+        self._gaps: deque[tuple[float, float]] = deque(maxlen=8)  # end, seconds: no tick in there
         self._watching: asyncio.Task[None] | None = None
 
     def event(self, kind: str, **fields: Any) -> None:
         """Pass an event on, and remember it as the last of its actor."""
         if "actor" in fields:
-            self._events[fields["actor"]] = time.monotonic(), kind
+            self._events[fields["actor"]] = _now(), kind
         self._pass_on(kind, **fields)
 
     def watch(self, actor: Actor, *, pinged: bool = False) -> Actor:
@@ -72,14 +80,19 @@ class Watchdog:
 
     def heard(self) -> None:
         """Somebody has done something."""
-        self._heard = time.monotonic()
+        self._heard = _now()
+
+    def stood_still_s(self, since: float) -> float:
+        """The longest time since then in which this process did nothing at all."""
+        found = [seconds for end, seconds in self._gaps if end > since]
+        return max([*found, _now() - self._tick] if self._watching is not None else [0.0])
 
     def last_event(self, actor: str) -> str:
         """Kind and age of an actor's last event; empty if it had none."""
         if actor not in self._events:
             return ""
         when, kind = self._events[actor]
-        return f"{kind} {time.monotonic() - when:.1f} s ago"
+        return f"{kind} {_now() - when:.1f} s ago"
 
     def longest(self) -> str:
         """Who is waited for longest, and for what; empty if nobody is."""
@@ -90,22 +103,32 @@ class Watchdog:
         return f"longest waited for is {actor.name}: {call}"
 
     async def _watch(self) -> None:
+        tick_s = min(_TICK_S, self.hang_s / 4)
+        self._tick = _now()
         while True:
-            await asyncio.sleep(min(self.hang_s, max(0.01, self._heard + self.hang_s - _now())))
-            silent_s = _now() - self._heard
-            waiting = [w for w in self._watched if w.asked]
-            if silent_s < self.hang_s or not waiting:
-                continue
-            oldest = min(waiting, key=lambda w: min(call.since for call in w.asked))
-            seen = await oldest.seen()
-            self.event(
-                "quiet",
-                actor=oldest.name,
-                silent_s=round(silent_s, 1),
-                stack=seen.stack,
-                text=f"nothing has come back for {silent_s:.0f} s; {self.longest()}; {seen}",
-            )
-            await asyncio.sleep(self.hang_s)
+            await asyncio.sleep(tick_s)
+            still_s, self._tick = _now() - self._tick, _now()
+            if still_s > self.hang_s / 2:
+                self._gaps.append((self._tick, still_s))
+                text = f"this process stood still for {still_s:.1f} s"
+                self.event("stood_still", seconds=round(still_s, 1), text=text)
+            elif min(_now() - self._heard, _now() - self._quiet_until) > self.hang_s:
+                await self._say_quiet()
+
+    async def _say_quiet(self) -> None:
+        waiting = [w for w in self._watched if w.asked]
+        if not waiting:
+            return
+        silent_s, self._quiet_until = _now() - self._heard, _now()
+        oldest = min(waiting, key=lambda w: min(call.since for call in w.asked))
+        told, seen = self.longest(), await oldest.seen()
+        self.event(
+            "quiet",
+            actor=oldest.name,
+            silent_s=round(silent_s, 1),
+            stack=seen.stack,
+            text=f"nothing has come back for {silent_s:.0f} s; {told}; {seen}",
+        )
 
 
 class Watched:
@@ -168,10 +191,10 @@ class Watched:
         self, method: str, args: tuple[Any, ...], timeout_s: float, waiting_for: str
     ) -> Any:
         call = self._actor.call
-        if not self._pinged:
-            return await call(method, *args, timeout_s=timeout_s, waiting_for=waiting_for)
         if method == "ping":
             return await self._ping(timeout_s, waiting_for)
+        if not self._pinged:
+            return await call(method, *args, timeout_s=timeout_s, waiting_for=waiting_for)
         work = asyncio.ensure_future(
             call(method, *args, timeout_s=timeout_s, waiting_for=waiting_for)
         )
@@ -185,9 +208,7 @@ class Watched:
     async def _sign_of_life(self, work: "asyncio.Future[Any]", waiting_for: str) -> None:
         """One, unless `work` ends before. If its process dies, the work itself will say so."""
         what = f"sign of life during {waiting_for}"
-        ping = asyncio.ensure_future(
-            self._actor.call("ping", timeout_s=self._watchdog.hang_s, waiting_for=what)
-        )
+        ping = asyncio.ensure_future(self._ask(self._watchdog.hang_s, what))
         try:
             await asyncio.wait([work, ping], return_when=asyncio.FIRST_COMPLETED)
             if ping.done() and not work.done():
@@ -200,12 +221,21 @@ class Watched:
         """One that still lives answers soon; one that has ended answers once it is restarted."""
         first_s = timeout_s if self._home is None else min(timeout_s, self._watchdog.hang_s)
         try:
-            return await self._actor.call("ping", timeout_s=first_s, waiting_for=waiting_for)
+            return await self._ask(first_s, waiting_for)
         except DeadlinePassed:
             if first_s == timeout_s or (self._home is not None and lives_here(self._home)):
                 raise
-        left_s = timeout_s - first_s
-        return await self._actor.call("ping", timeout_s=left_s, waiting_for=waiting_for)
+        return await self._ask(timeout_s - first_s, waiting_for)
+
+    async def _ask(self, timeout_s: float, waiting_for: str) -> Any:
+        """One ping; another one where it was not the actor that stood still."""
+        began = _now()
+        try:
+            return await self._actor.call("ping", timeout_s=timeout_s, waiting_for=waiting_for)
+        except DeadlinePassed:
+            if self._watchdog.stood_still_s(began) < timeout_s / 2:
+                raise
+        return await self._actor.call("ping", timeout_s=timeout_s, waiting_for=waiting_for)
 
     async def _stuck(self, asked: _Asked) -> str:
         if self._report is None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -262,3 +263,30 @@ def test_when_nothing_comes_back_from_anybody_the_longest_wait_is_named() -> Non
 
     with waiting_process() as where:
         run(scenario(where))
+
+
+def test_a_controller_that_stood_still_asks_again() -> None:
+    """The deadline passed while nobody could keep it: that says nothing about the actor."""
+
+    async def scenario() -> None:
+        stuck = StuckActor(home())
+        never_first = iter([asyncio.Event().wait, at_once])
+
+        async def ping() -> Any:
+            return await next(never_first)()
+
+        stuck.answers["ping"] = ping
+        actor, watchdog, events = watched(stuck, hang_s=0.2)
+        watchdog.begin()
+        await asyncio.sleep(0)
+        asking = asyncio.create_task(actor.call("ping", timeout_s=0.2, waiting_for="sign of life"))
+        await asyncio.sleep(0)
+        time.sleep(0.3)
+        assert await asking == {"pid": 1.0}
+        while not events:
+            await asyncio.sleep(0.01)
+        await watchdog.close()
+        assert events[0]["kind"] == "stood_still" and events[0]["seconds"] >= 0.3
+        assert "actor_stuck" not in [e["kind"] for e in events]
+
+    run(scenario())
