@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -105,7 +105,14 @@ def write_config(
 class DrivenRun:
     """`loopwright train CONFIG` in a session of its own; leaving the block ends what is left."""
 
-    def __init__(self, config: Path, *overrides: str, resume: bool = False) -> None:
+    def __init__(
+        self,
+        config: Path,
+        *overrides: str,
+        resume: bool = False,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
+        """`variables` are added to the environment of the driver, and so of all it starts."""
         self.folder = config.parent / "runs" / NAME
         self._mark = f"{config}-{time.monotonic_ns()}"
         self._errors = config.parent / f"errors-{time.monotonic_ns()}.txt"
@@ -116,7 +123,12 @@ class DrivenRun:
             self.process = subprocess.Popen(
                 [*command, "--resume"] if resume else command,
                 cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", _MARK: self._mark},
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": "1",
+                    _MARK: self._mark,
+                    **(variables or {}),
+                },
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
                 start_new_session=True,
