@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from loopwright.orchestrator.ledger import FILE, Audit, audit
@@ -80,7 +79,7 @@ class Battered:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, at: Any
     ) -> None:
         self.run.__exit__(kind, error, at)
 
