@@ -1,0 +1,280 @@
+"""Survival: a quickstart-size run on Ray under a seeded schedule of blows, against undisturbed
+ones.
+
+    loopwright warmstart quickstart --set cluster.address=none --set run.name=policy
+    PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/chaos.py --model runs/policy/warm_start \\
+        [--out benchmarks/results/chaos.json] [--steps 40] [--equality-only]
+
+Each disturbed run gets SIGKILL and SIGSTOP for the trainer, the rollout actor, the environment
+worker and a world in a process of its own, SIGKILL and a stop of 20 s for the driver, and one death
+at each of three points inside a publish and three inside the writing of a checkpoint
+(tests/kill_points). The next blow comes a random part of a step after the run has got over the last
+one.
+
+detect_s   from the blow until the run says that the process is lost (worlds: an infra fault)
+recover_s  from there until it serves again (worlds: until the next step; driver: from `--resume`,
+           or SIGCONT, to the next step)
+lost       rollouts of finished groups that were on record before the blow, and due, and that no
+           step trained on
+twice      rollouts that steps trained on more than once
+
+Then resume equality: the driver is killed at five random steps of a synchronous run on Ray, and
+every published checksum must be that of the undisturbed run. The JSON is written after every run;
+what it holds is not run again. A table (`.md`) comes beside it.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from loopwright.configs.load import load
+from loopwright.orchestrator.ledger import FILE, read
+from loopwright.orchestrator.run import run
+from tests.blows import ACTORS, DRIVER, POINTS, WORLD, Battered, Blow, at_point
+from tests.driven_run import NAME, build_policy, write_config
+
+SEEDS = (0, 1, 2, 3)  # undisturbed
+DISTURBED = (0, 1)  # each with its own schedule
+GROUPS, GROUP_SIZE = 16, 8
+WORLD_OPTIONS = """{ target = "loopwright.envs.officeworld:OfficeWorld", sessions = 16, \
+call_timeout_s = 8.0, options = { action_format = "call", style = "compact", \
+scenarios = ["ask_phone", "text_id", "text_person", "pay_person"] } }"""
+COMMON = (
+    "run.eval_every=0",
+    "run.checkpoint_every=4",
+    'run.trackers=["jsonl"]',
+    "run.max_restarts=1000",
+    "run.infra_fault_limit=0.8",  # a world's death is a fault of up to 16 episodes
+    "warm_start.demonstrations=0",
+    'environment.name="process"',
+    f"environment.options={WORLD_OPTIONS}",
+    "environment.episode_timeout_s=90",
+    f"rollout.groups_per_step={GROUPS}",
+    f"rollout.group_size={GROUP_SIZE}",
+    "trainer.minibatches=4",
+    "evaluation.tasks=256",
+    "cluster.ping_every_s=1",
+    "cluster.hang_timeout_s=12",
+)
+
+
+def settings(model: str, seed: int, steps: int) -> tuple[str, ...]:
+    """Overrides of the quickstart."""
+    return (
+        *COMMON,
+        f"model.path={model}",
+        f"run.seed={seed}",
+        f"environment.seed={1000 + seed}",
+        f"run.steps={steps}",
+    )
+
+
+def schedule(seed: int) -> list[Blow]:
+    """Every kind by both signals, every point once, in an order of the seed's."""
+    kinds = (*ACTORS, WORLD)
+    blows = [Blow(kind=kind, how=how) for kind in kinds for how in ("SIGKILL", "SIGSTOP")]
+    blows += [Blow(kind=kind, how="SIGKILL") for kind in kinds]
+    blows += [Blow(kind=DRIVER, how="SIGKILL"), Blow(kind=DRIVER, how="SIGSTOP")]
+    blows += [at_point(point) for point in POINTS]
+    random.Random(seed).shuffle(blows)
+    return blows
+
+
+def undisturbed(model: str, seed: int, steps: int) -> dict[str, Any]:
+    """The same in this process, without Ray and without blows."""
+    began = time.process_time()
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        where = (f"run.dir={folder}", "run.name=calm", "cluster.address=none")
+        ended = asyncio.run(
+            run(load("quickstart", (*settings(model, seed, steps), *where)), resume=False)
+        )
+    success = ended.summary["success"]
+    return {
+        "success": success["final"],
+        "start": success["warm_start"],
+        "cpu_s": round(time.process_time() - began, 1),
+    }
+
+
+def disturbed(model: str, seed: int, steps: int) -> dict[str, Any]:
+    """On Ray, under all blows of the seed's schedule, as far as the steps go."""
+    began = time.monotonic()
+    chance = random.Random(100 + seed)
+    with tempfile.TemporaryDirectory(prefix="chaos-") as scratch:
+        folder = Path(scratch)
+        config = folder / "chaos.toml"
+        config.write_text(Path("configs/quickstart.toml").read_text())
+        where = (f"run.dir={folder / 'runs'}", f"run.name={NAME}", "cluster.address=local")
+        blows = schedule(seed)
+        with Battered(config, *settings(model, seed, steps), *where, patience_s=240) as battered:
+            battered.until_step(2)
+            for number, blow in enumerate(blows, 1):
+                if battered.run.steps() > steps - 4:
+                    print(f"no steps are left for {len(blows) - number + 1} blows", flush=True)
+                    break
+                time.sleep(chance.uniform(0, 3))  # anywhere in a step
+                cost = battered.strike(blow)
+                print(f"{number}/{len(blows)} {cost.row()}", flush=True)
+            code, found = battered.over(900)
+            summary = battered.run.summary() if code == 0 else {}
+            struck = len(battered.costs)
+            return {
+                "code": code,
+                "reason": battered.run.reason() if code else "",
+                "success": summary.get("success", {}).get("final"),
+                "restarts": summary.get("restarts"),
+                "blows": [cost.row() for cost in battered.costs],
+                "left_out": len(blows) - struck,
+                "finished": found.finished,
+                "trained": found.trained,
+                "expected": steps * GROUPS * GROUP_SIZE,
+                "unused": len(found.unused),
+                "twice": len(found.twice),
+                "unknown": len(found.unknown),
+                "unasked": unasked(battered),
+                "resumed": summary.get("resumed"),
+                "seconds": round(time.monotonic() - began, 1),
+            }
+
+
+def unasked(battered: Battered) -> list[str]:
+    """Losses that the run told of beyond those that it was dealt."""
+    told = battered.run.events("actor_lost")
+    dealt = sum(cost.kind in ACTORS for cost in battered.costs)
+    return [f"{e['actor']}: {e['why']}"[:200] for e in told] if len(told) > dealt else []
+
+
+def equality(kills: int = 5, steps: int = 24) -> dict[str, Any]:
+    """Checksums of every version, with the driver killed at random steps and without."""
+    chance = random.Random(5)
+    at = sorted(chance.sample(range(2, steps - 1), kills))
+    with tempfile.TemporaryDirectory(prefix="chaos-") as scratch:
+        folder = Path(scratch)
+        model = build_policy(folder / "model")
+        found = []
+        for name, address in (("calm", "none"), ("killed", "local")):
+            (folder / name).mkdir()
+            config = write_config(
+                folder / name, model, environment="Slow", address=address, steps=steps
+            )
+            with Battered(config, patience_s=240) as battered:
+                for step in at if name == "killed" else ():
+                    while battered.run.steps() < step:
+                        battered.until_step()
+                    battered.strike(Blow(kind=DRIVER, how="SIGKILL"))
+                    print(f"equality: killed at step {step}", flush=True)
+                code, _ = battered.over(600)
+                if code:
+                    raise SystemExit(f"{name}: ended with {code}: {battered.run.reason()}")
+            found.append(read(folder / name / "runs" / NAME / "ledger" / FILE).checksums)
+    calm, killed = found
+    return {
+        "killed_at": at,
+        "steps": steps,
+        "different": [step for step in calm if calm[step] != killed.get(step)],
+    }
+
+
+def table(results: dict[str, Any]) -> list[str]:
+    """What was dealt, found and lost, as Markdown."""
+    runs = results.get("disturbed", {}).values()
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for cost in (cost for one in runs for cost in one["blows"]):
+        rows[cost["kind"], cost["how"]].append(cost)
+    lines = [
+        "| who | how | blows | detected | s to detect | s to recover | finished rollouts lost |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    order = {how: i for i, how in enumerate(("SIGKILL", "SIGSTOP", *POINTS))}
+    for (kind, how), costs in sorted(rows.items(), key=lambda r: (order[r[0][1]], r[0][0])):
+        detected = [c["detect_s"] for c in costs if c["detect_s"] >= 0]
+        lines.append(
+            f"| {kind} | {how} | {len(costs)} | {len(detected) or '–'} | {_range(detected)} "
+            f"| {_range(c['recover_s'] for c in costs)} | {sum(c['lost'] for c in costs)} |"
+        )
+    lines.append("")
+    for seed, one in results.get("disturbed", {}).items():
+        lines.append(
+            f"Disturbed run {seed}: {len(one['blows'])} blows; {one['trained']} of "
+            f"{one['expected']} rollouts trained, {one['twice']} of them twice, {one['unused']} "
+            f"finished and unused; held-out success {_percent([one['success']])}."
+        )
+    calm = [one["success"] for one in results.get("undisturbed", {}).values()]
+    if len(calm) > 1:
+        mean, spread = statistics.mean(calm), 2 * statistics.stdev(calm)
+        ends = [one["success"] for one in runs if one["success"] is not None]
+        within = sum(abs(end - mean) <= spread for end in ends)
+        lines.append(
+            f"Undisturbed, seeds {', '.join(results['undisturbed'])}: {_percent(calm)}, mean "
+            f"{mean:.1%} ± {spread:.1%} (two standard deviations); {within} of {len(ends)} "
+            "disturbed runs are within."
+        )
+    if "equality" in results:
+        e = results["equality"]
+        lines.append(
+            f"Driver killed at steps {e['killed_at']} of {e['steps']}, max_lag 0: "
+            f"{len(e['different'])} versions differ from the undisturbed run."
+        )
+    return lines
+
+
+def _range(values: Iterable[float]) -> str:
+    """Median and largest of what was measured."""
+    found = [v for v in values if v >= 0]
+    if not found:
+        return "–"
+    return (
+        f"{statistics.median(found):.1f} (≤ {max(found):.1f})"
+        if len(found) > 1
+        else (f"{found[0]:.1f}")
+    )
+
+
+def _percent(values: Sequence[float | None]) -> str:
+    return ", ".join("–" if v is None else f"{v:.1%}" for v in values)
+
+
+def main() -> None:
+    """Run what is missing; print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="", help="the cloned policy of the quickstart")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/chaos.json"))
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--equality-only", action="store_true")
+    arguments = parser.parse_args()
+    results: dict[str, Any] = (
+        json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    )
+
+    def keep(part: str, key: str, value: Any) -> None:
+        results.setdefault(part, {})[key] = value
+        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        arguments.out.with_suffix(".md").write_text("\n".join(table(results)) + "\n")
+
+    if not arguments.equality_only:
+        if not arguments.model:
+            parser.error("--model: the clone that all runs begin from")
+        for kind, seeds, play in (
+            ("disturbed", DISTURBED, disturbed),
+            ("undisturbed", SEEDS, undisturbed),
+        ):
+            for seed in seeds:
+                if str(seed) not in results.get(kind, {}):
+                    print(f"{kind}, seed {seed}", flush=True)
+                    keep(kind, str(seed), play(arguments.model, seed, arguments.steps))
+    if "equality" not in results:
+        results["equality"] = equality()
+        keep("setting", "steps", arguments.steps)
+    print("\n".join(table(results)))
+
+
+if __name__ == "__main__":
+    main()
