@@ -26,10 +26,11 @@ from loopwright.envs.protocol import Env, EnvError, TaskSource
 ENTRY_POINT_GROUP = "loopwright.environments"
 BUILT_IN: Mapping[str, str] = MappingProxyType(
     {
+        "gymnasium": "loopwright.envs.adapters.gymnasium_text:GymnasiumText",
         "mix": "loopwright.envs.mix:Mix",
         "officeworld": "loopwright.envs.officeworld:OfficeWorld",
         "process": "loopwright.envs.remote:ProcessEnv",
-        "reasoning_gym": "loopwright.envs.reasoning_gym:ReasoningGym",
+        "reasoning_gym": "loopwright.envs.adapters.reasoning_gym:ReasoningGym",
         "search": "loopwright.envs.search:Search",
     }
 )
@@ -112,22 +113,33 @@ def _package_of(point: EntryPoint) -> str:
     return f"{point.dist.name} {point.dist.version}" if point.dist is not None else "a plugin"
 
 
-def _class_at(target: str, origin: str) -> type[Any]:
-    place, _, attribute = target.rpartition(":")
+def object_at(target: str, kind: str = "environment", origin: str = "given by name") -> Any:
+    """What `module:name` or `path/to/file.py:name` means. Raises `RegistryError`, which calls it a
+    `kind`."""
+    place, _, name = target.rpartition(":")
+    if not place:
+        raise RegistryError(
+            f"{kind} {target!r}: expected module:name or path/to/file.py:name ({origin})"
+        )
     try:
-        module = _from_file(Path(place)) if place.endswith(".py") else _import(place)
+        module = _from_file(Path(place), kind) if place.endswith(".py") else _import(place)
     except RegistryError:
         raise
     except Exception as error:
         raise RegistryError(
-            f"environment {target} ({origin}) does not import: {error!r}\n{traceback.format_exc()}"
+            f"{kind} {target} ({origin}) does not import: {error!r}\n{traceback.format_exc()}"
         ) from error
-    found = vars(module).get(attribute)
-    if not isinstance(found, type):
-        classes = [n for n, value in vars(module).items() if isinstance(value, type)]
-        near = difflib.get_close_matches(attribute, classes, n=1)
+    if name not in vars(module):
+        near = difflib.get_close_matches(name, vars(module), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise RegistryError(f"environment {target} ({origin}): no class {attribute!r} there{hint}")
+        raise RegistryError(f"{kind} {target} ({origin}): no {name!r} there{hint}")
+    return vars(module)[name]
+
+
+def _class_at(target: str, origin: str) -> type[Any]:
+    found = object_at(target, origin=origin)
+    if not isinstance(found, type):
+        raise RegistryError(f"environment {target} ({origin}): {found!r} is no class")
     return found
 
 
@@ -145,17 +157,17 @@ def _import(name: str) -> ModuleType:
         return importlib.import_module(name)
 
 
-def _from_file(path: Path) -> ModuleType:
+def _from_file(path: Path, kind: str) -> ModuleType:
     """Import a file under a name of its own, so that it shadows nothing and nothing shadows it."""
     path = path.expanduser().resolve()
     if not path.is_file():
-        raise RegistryError(f"environment file {path}: there is no such file")
+        raise RegistryError(f"{kind} file {path}: there is no such file")
     name = f"loopwright_env_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise RegistryError(f"environment file {path}: not a Python module")
+        raise RegistryError(f"{kind} file {path}: not a Python module")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and typing look their module up while it runs
     try:

@@ -50,6 +50,7 @@ TESTED: Mapping[str, Package] = {
     "vllm": Package(tested="0.32.0", extra="vllm"),
     "peft": Package(tested="0.21.2", extra="lora"),
     "deepspeed": Package(tested="0.19.8", extra="deepspeed"),
+    "gymnasium": Package(tested="1.4.0", extra="gymnasium"),
     "reasoning-gym": Package(tested="0.1.25", extra="reasoning-gym"),
     "tensorboard": Package(tested="2.21.0", extra="tensorboard"),
 }
