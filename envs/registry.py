@@ -27,6 +27,7 @@ ENTRY_POINT_GROUP = "loopwright.environments"
 BUILT_IN: Mapping[str, str] = MappingProxyType(
     {
         "gymnasium": "loopwright.envs.adapters.gymnasium_text:GymnasiumText",
+        "mcp": "loopwright.envs.adapters.mcp_tools:McpTools",
         "mix": "loopwright.envs.mix:Mix",
         "officeworld": "loopwright.envs.officeworld:OfficeWorld",
         "process": "loopwright.envs.remote:ProcessEnv",

@@ -51,6 +51,7 @@ TESTED: Mapping[str, Package] = {
     "peft": Package(tested="0.21.2", extra="lora"),
     "deepspeed": Package(tested="0.19.8", extra="deepspeed"),
     "gymnasium": Package(tested="1.4.0", extra="gymnasium"),
+    "mcp": Package(tested="2.3.0", extra="mcp"),
     "reasoning-gym": Package(tested="0.1.25", extra="reasoning-gym"),
     "tensorboard": Package(tested="2.21.0", extra="tensorboard"),
 }

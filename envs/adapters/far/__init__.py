@@ -1,0 +1,1 @@
+"""Far sides: files that run in interpreters of their own, which need not have Loopwright."""
