@@ -109,6 +109,8 @@ class EnvSpec:
     deterministic: bool = True
     scheduled: tuple[str, ...] = ()  # payload values that training may schedule, e.g. noise
     license: str = "Apache-2.0"
+    max_concurrency: int = 0  # episodes that one worker plays at once; 0 = as many as come
+    snapshots: bool = False  # as configured it implements `Snapshots`
 
 
 @runtime_checkable
@@ -138,6 +140,32 @@ class Env(Protocol):
 
     async def close(self) -> None:
         """Free what the episode holds."""
+        ...
+
+
+@runtime_checkable
+class Snapshots(Protocol):
+    """What an environment can do beside `Env` if it says so in `EnvSpec.snapshots`: leave an
+    episode at some point and return to it, as often as one likes."""
+
+    async def snapshot(self) -> bytes:
+        """The live episode as it is now. Plain data: it may be kept, and travel."""
+        ...
+
+    async def restore(self, task: Task, blob: bytes) -> None:
+        """Be in the episode of `task` that `snapshot` saw, whatever this instance has played.
+        Raises `EnvError` for a blob of another task or version."""
+        ...
+
+
+@runtime_checkable
+class HasAnswers(Protocol):
+    """What an environment whose tasks have an answer can do beside `Env`: tell it to the
+    conformance kit, which then looks for leaks."""
+
+    def answers(self) -> Sequence[str]:
+        """The ground truth of the live task: texts that neither the task's id and scenario, nor
+        the opening, nor a reply to nonsense may hold."""
         ...
 
 

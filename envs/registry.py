@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -60,7 +61,7 @@ def list_environments() -> tuple[Listing, ...]:
     built_in = [Listing(name=n, target=t, origin="built-in") for n, t in BUILT_IN.items()]
     plugins = [
         Listing(name=point.name, target=point.value, origin=_package_of(point))
-        for point in entry_points(group=ENTRY_POINT_GROUP)
+        for point in _points(tuple(sys.path))
         if point.name not in BUILT_IN
     ]
     return tuple(sorted((*built_in, *plugins), key=lambda listing: listing.name))
@@ -108,6 +109,13 @@ def _listing(name: str) -> Listing:
         f"environment {name!r}: unknown; {hint} Also accepted: module:Class, "
         "path/to/file.py:Class, http://host:port"
     )
+
+
+@lru_cache(maxsize=2)
+def _points(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """What the packages on `path` (which is `sys.path`) register. Reading it takes as long as
+    playing several episodes, and a worker loads as many environments as it plays at once."""
+    return tuple(entry_points(group=ENTRY_POINT_GROUP))
 
 
 def _package_of(point: EntryPoint) -> str:

@@ -8,12 +8,12 @@ import os
 import socket
 import sys
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 from loopwright.envs import conformance, registry
-from loopwright.envs.protocol import Env, Message, Task, TaskSource, Verdict
+from loopwright.envs.protocol import Env, EnvError, Message, Task, TaskSource, Verdict
 from loopwright.orchestrator import envs_new
 from loopwright.orchestrator.faults import Refused, RunError
 
@@ -56,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name == "serve":
             _served(action)
             continue
+        if name == "check":
+            _checked(action)
+            continue
         action.add_argument(
             "--split", default="test", choices=("train", "test"), help="default: test"
         )
@@ -81,8 +84,8 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.action == "serve":
         return _serve(arguments, options)
     if arguments.action == "check":
-        return _check(arguments.name, options)
-    env = registry.load(arguments.name, options)
+        return _check(arguments, options)
+    env = _load(arguments.name, options)
     task = _task(env, arguments)
     if arguments.action == "describe":
         asyncio.run(_describe(env, task))
@@ -99,6 +102,26 @@ def _served(action: argparse.ArgumentParser) -> None:
     )
 
 
+def _load(name: str, options: dict[str, Any]) -> registry.Environment:
+    """Raises `Refused` for what cannot be loaded as asked."""
+    try:
+        return registry.load(name, options)
+    except (EnvError, ImportError) as error:
+        raise Refused(str(error)) from error
+    except Exception as error:  # the constructor is plugin code
+        raise Refused(
+            f"{name}: its constructor raised {type(error).__name__}: {error} (--option {options})"
+        ) from error
+
+
+def _checked(action: argparse.ArgumentParser) -> None:
+    action.add_argument(
+        "--quick", action="store_true", help="fewer episodes: finds gross leaks only"
+    )
+    action.add_argument("--tasks", type=int, default=3, metavar="N", help="of each split")
+    action.add_argument("--seed", type=int, default=0, help="seed of the stream of tasks")
+
+
 def _serve(arguments: argparse.Namespace, options: dict[str, Any]) -> int:
     from aiohttp import web
 
@@ -111,6 +134,7 @@ def _serve(arguments: argparse.Namespace, options: dict[str, Any]) -> int:
             f"--host {arguments.host}: others could reach it, so it must ask for a token: set "
             f"{TOKEN_VARIABLE} here, and to the same value where workers run"
         )
+    asyncio.run(_load(arguments.name, options).close())
     server = EnvServer(
         lambda: registry.load(arguments.name, options),
         token=token,
@@ -223,9 +247,21 @@ def _grade(verdict: Verdict, turns: int) -> None:
         print(f"  {value:6.3f}  {name}")
 
 
-def _check(name: str, options: dict[str, Any]) -> int:
-    findings = asyncio.run(conformance.check(lambda: registry.load(name, options)))
-    for finding in findings:
-        print(finding)
-    print(f"{name}: {'conforms' if not findings else f'{len(findings)} findings'}")
-    return 1 if findings else 0
+def _check(arguments: argparse.Namespace, options: dict[str, Any]) -> int:
+    asyncio.run(_load(arguments.name, options).close())  # what does not load is no finding
+    report = asyncio.run(
+        conformance.examine(
+            lambda: registry.load(arguments.name, options),
+            tasks_per_split=arguments.tasks,
+            seed=arguments.seed,
+            full=not arguments.quick,
+        )
+    )
+    for rule, findings in groupby(report.findings, key=lambda finding: finding.rule):
+        for finding in findings:
+            print(finding)
+        print(f"  which asks: {conformance.explain(rule)}")
+    count = len(report.findings)
+    outcome = "conforms" if not count else f"{count} finding{'s' if count > 1 else ''}"
+    print(f"{arguments.name}: {outcome}" + (f" · {report.figures}" if report.figures else ""))
+    return 1 if count else 0

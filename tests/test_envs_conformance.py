@@ -1,105 +1,118 @@
 """Each rule of the kit catches the plugin that breaks it, and passes the one that does not."""
 
 import asyncio
-import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Any, ClassVar
+import os
+import threading
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from loopwright.envs.conformance import RULES, check
+from loopwright.envs.conformance import RULES, check, examine, explain
 from loopwright.envs.officeworld import OfficeWorld
-from loopwright.envs.protocol import EnvSpec, Message, Observation, Step, Task, Verdict
+from loopwright.envs.registry import RegistryError, load
+from loopwright.orchestrator.cli import main
+from tests.broken_plugin.broken_worlds import DEFECTS
 
-SHARED: list[str] = []  # what the plugin that shares state shares
-
-
-class Echo:
-    """A correct little environment: say the number that was shown. Each defect breaks one rule."""
-
-    spec = EnvSpec(name="echo", version="1", description="Say the number.", max_turns=3)
-    instances: ClassVar["itertools.count[int]"] = itertools.count()
-
-    def __init__(self, defect: str = "") -> None:
-        self.defect = defect
-        self.number = next(self.instances)
-        self.grades = 0
-        self.said: list[str] = []
-        if defect == "spec":
-            self.spec = replace(Echo.spec, max_turns=0)
-
-    def tasks(self, split: str, seed: int) -> Iterator[Task]:
-        held_out = split == "test" and self.defect != "held_out"
-        start = 1000 * seed + (self.number if self.defect == "repeated_stream" else 0)
-        if self.defect == "tasks":
-            raise KeyError(split)
-        for i in range(start, start + 150):
-            number = 2 * i + held_out
-            payload: dict[str, Any] = {"x": object()} if self.defect == "task_records" else {}
-            yield Task(
-                environment="echo",
-                id=f"echo-{number}",
-                seed=number,
-                split=split,
-                scenario="echo",
-                payload=payload,
-            )
-
-    async def reset(self, task: Task) -> Observation:
-        self.wanted = str(task.seed)
-        if self.defect == "interleaved":
-            SHARED.clear()
-            self.said = SHARED
-        elif self.defect != "starts_over":
-            self.said = []
-        if self.defect == "determinism":
-            self.wanted += str(self.number)
-        role = "narrator" if self.defect == "messages" else "user"
-        tools = [{"type": "function", "function": {"name": "has space"}}]
-        return Observation(
-            messages=[Message(role=role, content=f"say {self.wanted}")],
-            tools=tools if self.defect == "tool_schemas" else (),
-        )
-
-    async def step(self, action: str) -> Step:
-        if self.defect == "survives_text" and "{" in action:
-            raise ValueError("unexpected brace")
-        ended = bool(self.said) and self.defect not in ("starts_over", "interleaved", "ends")
-        if not ended:
-            self.said.append(action)
-        count = Message(role="user", content=f"heard {len(self.said)}")
-        return Step(observation=Observation(messages=[count]), terminated=True)
-
-    async def evaluate(self) -> Verdict:
-        self.grades += 1
-        right = self.said[-1:] == [self.wanted]
-        if self.defect == "ends":
-            right = self.said == [self.wanted]
-        if self.defect == "oracle_solves":
-            right = False
-        if self.defect == "idle_fails" and not self.said:
-            right = True
-        reward = float(right)
-        if self.defect == "evaluate_idempotent":
-            reward += self.grades
-        if self.defect == "reward_range" and not right:
-            reward = float("inf")
-        return Verdict(reward=reward, success=right)
-
-    def oracle(self) -> Iterator[str]:
-        yield self.wanted
-
-    async def close(self) -> None:
-        self.said = []
+PLUGIN = Path(__file__).parent / "broken_plugin"
+NAMES = (*RULES, "tasks", "deadline")
 
 
-def rules_broken(factory: Callable[[], Any]) -> set[str]:
-    return {finding.rule for finding in asyncio.run(check(factory))}
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The plugin package, as if it were installed: what its entry points say leads to it."""
+    project = tomllib.loads((PLUGIN / "pyproject.toml").read_text())["project"]
+    info = tmp_path / f"broken_worlds-{project['version']}.dist-info"
+    info.mkdir()
+    lines = ["Metadata-Version: 2.1", f"Name: {project['name']}", f"Version: {project['version']}"]
+    (info / "METADATA").write_text("\n".join(lines) + "\n")
+    points = ""
+    for group, entries in project["entry-points"].items():
+        points += f"[{group}]\n" + "".join(f"{n} = {t}\n" for n, t in entries.items())
+    (info / "entry_points.txt").write_text(points)
+    monkeypatch.syspath_prepend(str(PLUGIN))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    _end_what_it_started()
 
 
-def test_a_correct_environment_has_no_findings() -> None:
-    assert asyncio.run(check(Echo)) == []
+def _end_what_it_started() -> None:
+    """Threads, processes and descriptors of the defects that leave some behind."""
+    import broken_worlds  # type: ignore[import-not-found]
+
+    for left in broken_worlds.STARTED:
+        if isinstance(left, threading.Event):
+            left.set()
+        elif isinstance(left, tuple):
+            for descriptor in left:
+                os.close(descriptor)
+        elif not isinstance(left, asyncio.Task | asyncio.Event):
+            left.kill()
+            left.wait()
+    broken_worlds.STARTED.clear()
+
+
+def broken(defect: str) -> Any:
+    """The plugin's environment, loaded as a user's is: by the name of its entry point."""
+    if defect == "snapshot_forgets":
+        return load("broken_worlds:Forgetful", {"defect": defect})
+    return load("broken", {"defect": defect})
+
+
+@pytest.mark.parametrize("name", ["Echo", "Forgetful"])
+def test_a_correct_plugin_has_no_findings_and_is_measured(installed: None, name: str) -> None:
+    report = asyncio.run(examine(lambda: load(f"broken_worlds:{name}"), full=True))
+    assert report.findings == () and report.figures is not None
+    assert report.figures.steps_per_s > 100 and 0 < report.figures.reset_ms < 100
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_each_defect_is_caught_by_its_rule(installed: None, defect: str) -> None:
+    rule, what = DEFECTS[defect]
+    deadline_s = 0.5 if defect == "hangs" else 30.0
+    report = asyncio.run(examine(lambda: broken(defect), deadline_s=deadline_s))
+    found = [str(f) for f in report.findings if f.rule == rule]
+    assert found and all(text.startswith(f"rule {rule}: ") for text in found)
+    assert any(what in text for text in found), found
+
+
+def test_no_rule_lacks_a_breaker() -> None:
+    assert {rule for rule, _ in DEFECTS.values()} == set(NAMES)
+
+
+@pytest.mark.parametrize("rule", NAMES)
+def test_every_rule_says_what_it_asks_for(rule: str) -> None:
+    assert explain(rule).endswith(".") and len(explain(rule).split()) > 4
+
+
+def test_findings_name_the_task(installed: None) -> None:
+    found = asyncio.run(check(lambda: broken("raises_on_text")))
+    assert next(f for f in found if f.rule == "survives_text").task_id == "echo-0"
+
+
+def test_the_command_names_the_rule_and_what_it_asks_for(
+    installed: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["envs", "check", "broken", "--quick", "--option", "defect=nan"]) == 1
+    said = capsys.readouterr().out
+    assert "rule reward_range: echo-0: reward is nan" in said
+    assert explain("reward_range") in said and "steps/s" not in said
+    assert main(["envs", "check", "broken", "--quick"]) == 0
+    said = capsys.readouterr().out
+    assert "broken: conforms" in said and "steps/s" in said
+
+
+def test_a_plugin_that_does_not_import_shows_why_and_whose_it_is(
+    installed: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(RegistryError, match=r"broken-worlds 1\.0"):
+        load("unimportable")
+    assert main(["envs", "check", "unimportable"]) == 2
+    said = capsys.readouterr().err
+    assert "broken-worlds 1.0" in said and "unimportable.py" in said
+    assert "No module named 'a_package_that_nobody_has'" in said
 
 
 @pytest.mark.parametrize(
@@ -110,22 +123,3 @@ def test_officeworld_conforms(style: Any, action_format: Any) -> None:
         return OfficeWorld(style=style, action_format=action_format)
 
     assert asyncio.run(check(factory)) == []
-
-
-@pytest.mark.parametrize("rule", [*RULES, "tasks"])
-def test_each_rule_catches_its_plugin(rule: str) -> None:
-    assert rule in rules_broken(lambda: Echo(rule))
-
-
-def test_findings_name_the_task_and_what_was_seen() -> None:
-    findings = asyncio.run(check(lambda: Echo("survives_text")))
-    found = next(f for f in findings if f.rule == "survives_text")
-    assert found.task_id == "echo-0" and "unexpected brace" in found.detail
-
-
-def test_a_plugin_without_tasks_is_a_finding() -> None:
-    class Empty(Echo):
-        def tasks(self, split: str, seed: int) -> Iterator[Task]:
-            return iter(())
-
-    assert rules_broken(Empty) == {"tasks"}

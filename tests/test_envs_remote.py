@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,10 +34,17 @@ def moody(**options: object) -> ProcessEnv:
     return ProcessEnv(f"{WORLDS}:Moody", **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("sessions", [1, 32])
-def test_a_world_in_its_own_process_keeps_every_rule(sessions: int) -> None:
-    options = {"target": f"{WORLDS}:Echo", "sessions": sessions, "options": {"highest": 7}}
-    assert asyncio.run(check(lambda: load("process", options), tasks_per_split=2)) == []
+@pytest.mark.parametrize(
+    ("options", "tasks"),
+    [
+        ({"target": f"{WORLDS}:Echo", "options": {"highest": 97}}, 1),
+        ({"target": f"{WORLDS}:Echo", "sessions": 32, "options": {"highest": 97}}, 2),
+        ({"environment": "officeworld", "sessions": 32}, 2),
+    ],
+    ids=["one each", "shared", "one of ours"],
+)
+def test_a_world_in_its_own_process_keeps_every_rule(options: dict[str, Any], tasks: int) -> None:
+    assert asyncio.run(check(lambda: load("process", options), tasks_per_split=tasks)) == []
 
 
 def test_finite_streams_end_and_tasks_repeat() -> None:

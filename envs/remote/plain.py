@@ -68,6 +68,7 @@ def spec_from(data: Any, where: str) -> EnvSpec:
             deterministic=bool(fields.get("deterministic", True)),
             scheduled=tuple(map(str, fields.get("scheduled", ()))),
             license=str(fields.get("license", "unknown")),
+            max_concurrency=int(fields.get("max_concurrency", 0)),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise RemoteError(f"{where}: no environment's declaration: {error!r}") from error
