@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,8 @@ def address() -> Iterator[str]:
     ) as server:
         assert server.stderr is not None
         assert any("running on" in line for line in server.stderr)
+        # a server logs what fails, and stands still once nobody reads it
+        threading.Thread(target=server.stderr.read, daemon=True).start()
         yield f"http://127.0.0.1:{port}/mcp"
         server.terminate()
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PROC = Path("/proc")
+_SHARED = 2  # of each kind may be new: pools that all episodes share grow a little
 _EXECUTOR = "asyncio_"  # threads of the event loop's own pool: they are shared, and stay
 
 
@@ -33,17 +34,18 @@ class Held:
         )
 
     def beyond(self, before: "Held") -> list[str]:
-        """What there is that was not there `before`, in words."""
+        """What there is that was not there `before`, in words; nothing for `_SHARED` or fewer."""
         found = []
-        if tasks := self.tasks - before.tasks:
+        if len(tasks := self.tasks - before.tasks) > _SHARED:
             names = sorted({t.get_coro().__qualname__ for t in tasks})  # type: ignore[union-attr]
             found.append(f"{len(tasks)} asyncio task(s): {', '.join(names)}")
-        if threads := self.threads - before.threads:
+        if len(threads := self.threads - before.threads) > _SHARED:
             names = sorted({t.name for t in threads})
             found.append(f"{len(threads)} thread(s): {', '.join(names)}")
-        if processes := self.processes - before.processes:
+        if len(processes := self.processes - before.processes) > _SHARED:
             found.append(f"{len(processes)} process(es): {', '.join(map(_command, processes))}")
-        if descriptors := self.descriptors - before.descriptors:
+        descriptors = self.descriptors - before.descriptors
+        if descriptors.total() > _SHARED:
             kinds = ", ".join(sorted(descriptors))
             found.append(f"{descriptors.total()} file descriptor(s): {kinds}")
         return found
