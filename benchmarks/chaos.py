@@ -44,9 +44,10 @@ from tests.driven_run import NAME, build_policy, write_config
 SEEDS = (0, 1, 2, 3)  # undisturbed
 DISTURBED = (0, 1)  # each with its own schedule
 GROUPS, GROUP_SIZE = 16, 8
-WORLD_OPTIONS = """{ target = "loopwright.envs.officeworld:OfficeWorld", sessions = 16, \
-call_timeout_s = 8.0, options = { action_format = "call", style = "compact", \
-scenarios = ["ask_phone", "text_id", "text_person", "pay_person"] } }"""
+OFFICE = Path(__file__).resolve().parent.parent / "tests" / "office_process.py"
+WORLD_OPTIONS = f"""{{ target = "{OFFICE}:Office", sessions = 16, \
+call_timeout_s = 8.0, options = {{ action_format = "call", style = "compact", \
+scenarios = ["ask_phone", "text_id", "text_person", "pay_person"] }} }}"""
 COMMON = (
     "run.eval_every=0",
     "run.checkpoint_every=4",
