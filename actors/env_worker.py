@@ -21,6 +21,7 @@ from loopwright.actors.episode import (
     Progress,
     play_episode,
 )
+from loopwright.actors.memory_watch import MemoryWatch
 from loopwright.algorithms.records import Rollout, encode
 from loopwright.envs import registry
 from loopwright.envs.protocol import Env, decode_task
@@ -52,6 +53,7 @@ class WorkerSettings:
     environment: str  # name in the registry, `module:Class`, or `path.py:Class`
     options: Mapping[str, Any]
     tokenizer_path: str
+    memory_share: float = 0.0  # of the machine's, that it and its environments may hold; 0: any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +127,7 @@ class EnvWorker:
         self._idle: list[Env] = []
         self._playing: dict[str, _Playing] = {}
         self._played = 0
+        self._memory = MemoryWatch(settings.environment, settings.memory_share)
 
     async def start(self, engines: Sequence[EngineClient]) -> int:
         """Load the tokenizer, build one environment, learn who generates; the process id."""
@@ -170,9 +173,14 @@ class EnvWorker:
         self._playing.pop(key, None)
         return playing.cut()
 
-    async def ping(self) -> dict[str, int]:
-        """Proof of life: process id and counters."""
-        return {"pid": os.getpid(), "playing": len(self._playing), "played": self._played}
+    async def ping(self) -> dict[str, Any]:
+        """Proof of life: process id, counters, and the `Footprint` if memory is watched."""
+        return {
+            "pid": os.getpid(),
+            "playing": len(self._playing),
+            "played": self._played,
+            "memory": self._memory.newest(),
+        }
 
     async def close(self) -> None:
         """Close every idle environment."""

@@ -3,10 +3,10 @@ ones.
 
     loopwright warmstart quickstart --set cluster.address=none --set run.name=policy
     PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/chaos.py --model runs/policy/warm_start \\
-        [--out benchmarks/results/chaos.json] [--steps 40] [--equality-only]
+        [--out benchmarks/results/chaos.json] [--steps 48] [--equality-only]
 
 Each disturbed run gets SIGKILL and SIGSTOP for the trainer, the rollout actor, the environment
-worker and a world in a process of its own, SIGKILL and a stop of 20 s for the driver, and one death
+worker and a world in a process of its own, SIGKILL and a stop of 30 s for the driver, and one death
 at each of three points inside a publish and three inside the writing of a checkpoint
 (tests/kill_points). The next blow comes a random part of a step after the run has got over the last
 one.
@@ -43,10 +43,10 @@ from tests.driven_run import NAME, build_policy, write_config
 
 SEEDS = (0, 1, 2, 3)  # undisturbed
 DISTURBED = (0, 1)  # each with its own schedule
-GROUPS, GROUP_SIZE = 16, 8
+GROUPS, GROUP_SIZE = 8, 8
 OFFICE = Path(__file__).resolve().parent.parent / "tests" / "office_process.py"
 WORLD_OPTIONS = f"""{{ target = "{OFFICE}:Office", sessions = 16, \
-call_timeout_s = 8.0, options = {{ action_format = "call", style = "compact", \
+call_timeout_s = 20.0, options = {{ action_format = "call", style = "compact", \
 scenarios = ["ask_phone", "text_id", "text_person", "pay_person"] }} }}"""
 COMMON = (
     "run.eval_every=0",
@@ -55,15 +55,15 @@ COMMON = (
     "run.max_restarts=1000",
     "run.infra_fault_limit=0.8",  # a world's death is a fault of up to 16 episodes
     "warm_start.demonstrations=0",
-    'environment.name="process"',
+    'environment.name="loopwright.envs.remote:ProcessEnv"',
     f"environment.options={WORLD_OPTIONS}",
     "environment.episode_timeout_s=90",
     f"rollout.groups_per_step={GROUPS}",
     f"rollout.group_size={GROUP_SIZE}",
     "trainer.minibatches=4",
     "evaluation.tasks=256",
-    "cluster.ping_every_s=1",
-    "cluster.hang_timeout_s=12",
+    "cluster.ping_every_s=2",
+    "cluster.hang_timeout_s=20",
 )
 
 
@@ -248,7 +248,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="", help="the cloned policy of the quickstart")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/chaos.json"))
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--equality-only", action="store_true")
     arguments = parser.parse_args()
     results: dict[str, Any] = (

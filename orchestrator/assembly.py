@@ -30,6 +30,8 @@ from loopwright.orchestrator.tasks import DRAWS, Played
 from loopwright.orchestrator.training import Training
 from loopwright.orchestrator.watchdog import Watchdog
 
+_WORKERS_MEMORY = 0.5  # of a machine's memory, for all environment workers together
+
 
 @dataclass(slots=True, kw_only=True)
 class Actors:
@@ -147,6 +149,7 @@ def spawn(
         environment=config.environment.name,
         options=environment_options(config),
         tokenizer_path=model_path,
+        memory_share=worker_memory_share(config),
     )
     workers = [
         watchdog.watch(
@@ -188,6 +191,13 @@ def spawn(
     )
     watchdog.begin()
     return Actors(pool=pool, training=training, plan=plan, watchdog=watchdog)
+
+
+def worker_memory_share(config: Config) -> float:
+    """Half of a machine's memory for all environment workers, wherever they run; 0 where they are
+    not processes of their own."""
+    apart = config.cluster.address != "none"
+    return _WORKERS_MEMORY / config.environment.workers if apart else 0.0
 
 
 def _spawn_trainer(

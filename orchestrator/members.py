@@ -74,8 +74,9 @@ class Member:
 class Recover(Protocol):
     """Begins to bring a lost member back, once."""
 
-    def __call__(self, member: Member, why: str, *, kill: bool = False) -> None:
-        """`kill` ends a process that hangs first."""
+    def __call__(self, member: Member, why: str, *, kill: bool = False, lost: bool = True) -> None:
+        """`kill` ends a process that hangs first. Not `lost`: it is ended on purpose, and none of
+        `run.max_restarts`."""
         ...
 
 

@@ -30,6 +30,7 @@ from loopwright.orchestrator.faults import (
 )
 from loopwright.orchestrator.members import Member, Seats, Throttle
 from loopwright.orchestrator.processes import Actor, first_exception
+from loopwright.orchestrator.relief import Relief
 from loopwright.orchestrator.sampling_record import Episode, SamplingRecord
 from loopwright.orchestrator.seating import Seating
 
@@ -98,6 +99,12 @@ class Pool:
             event=event,
             resend=resend,
             sampling=sampling,
+        )
+        self._relief = Relief(
+            recover=self._recover,
+            event=event,
+            look_every_s=deadlines.ping_every_s,
+            patience_s=deadlines.hang_s,
         )
         self._recent: deque[bool] = deque(maxlen=faults.window)
         self._recovering: dict[Member, asyncio.Task[None]] = {}
@@ -225,6 +232,7 @@ class Pool:
 
     async def close(self) -> None:
         """Stop recovering. The actors are the cluster's to end."""
+        await self._relief.close()
         for task in self._recovering.values():
             task.cancel()
         await asyncio.gather(*self._recovering.values(), return_exceptions=True)
@@ -256,18 +264,19 @@ class Pool:
             self._engine_seats.fail(error)
             self._worker_seats.fail(error)
 
-    def _recover(self, member: Member, why: str, *, kill: bool = False) -> None:
-        """Begin to bring a lost member back, once."""
+    def _recover(self, member: Member, why: str, *, kill: bool = False, lost: bool = True) -> None:
+        """As `Recover`."""
         if member in self._recovering or self._broken.done():
             return
         member.ready.clear()
         member.life += 1
-        self._event("actor_lost", actor=member.actor.name, pid=member.pid, why=why)
-        try:
-            self._restarts.spend(why)
-        except RunError as error:
-            self._break(error)
-            return
+        if lost:
+            self._event("actor_lost", actor=member.actor.name, pid=member.pid, why=why)
+            try:
+                self._restarts.spend(why)
+            except RunError as error:
+                self._break(error)
+                return
         task = asyncio.get_running_loop().create_task(self._bring_back(member, kill))
         self._recovering[member] = task
         task.add_done_callback(lambda done: self._recovered(member, done))
@@ -355,6 +364,8 @@ class Pool:
             return
         if member not in self._engines:
             restarted = answer["pid"] != member.pid
+            if not restarted:
+                self._relief.look(member, answer)
         else:
             restarted = answer is None
             self._observe(member, answer)

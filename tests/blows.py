@@ -28,6 +28,7 @@ ACTORS = {
     "environment worker": "environment worker 0",
     "trainer": "trainer",
 }
+STOPPED_S = 30.0  # a driver, longer than its actors may be silent
 WORLD, DRIVER = "world process", "driver"
 _SITE = Path(__file__).parent / "kill_points"
 
@@ -173,7 +174,7 @@ class Battered:
         began = time.time()
         if blow.how == "SIGSTOP":  # nobody notices: whoever stopped it continues it
             os.kill(run.process.pid, signal.SIGSTOP)
-            time.sleep(20)
+            time.sleep(STOPPED_S)
             os.kill(run.process.pid, signal.SIGCONT)
             resumed = time.time()
         else:
