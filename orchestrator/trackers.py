@@ -4,12 +4,15 @@ Files and console belong to the run: if they fail, the run says so and stops. Th
 the first failure of each is a warning, after which it is left out, and the run goes on.
 """
 
+import contextlib
 import importlib
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -39,8 +42,8 @@ class Tracker(Protocol):
 
 
 class JsonlTracker:
-    """`metrics.jsonl` and `events.jsonl` in the run directory, one object a line, flushed each
-    line.
+    """`metrics.jsonl` and `events.jsonl` in the run directory, one object a line, each written at
+    once and whole or not at all.
 
     Every line has `unix_s`, the seconds since 1970. Numbers that are not finite become null. A
     resumed run appends.
@@ -50,8 +53,9 @@ class JsonlTracker:
         self._clock = clock
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-            self._events = (folder / "events.jsonl").open("a", encoding="utf-8")
+            # no buffer: what a full disk did not take would fail again when the file is closed
+            self._metrics = (folder / "metrics.jsonl").open("ab", buffering=0)
+            self._events = (folder / "events.jsonl").open("ab", buffering=0)
         except OSError as error:
             raise TrackerError(f"cannot write in {folder}: {error.strerror}") from error
 
@@ -69,12 +73,16 @@ class JsonlTracker:
         self._metrics.close()
         self._events.close()
 
-    def _write(self, file: TextIO, record: Mapping[str, Any]) -> None:
+    def _write(self, file: FileIO, record: Mapping[str, Any]) -> None:
+        line = json.dumps({"unix_s": round(self._clock(), 3), **record}, default=str) + "\n"
+        rest = memoryview(line.encode())
+        whole = os.fstat(file.fileno()).st_size
         try:
-            line = json.dumps({"unix_s": round(self._clock(), 3), **record}, default=str)
-            file.write(line + "\n")
-            file.flush()
+            while rest:
+                rest = rest[file.write(rest) :]
         except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(file.fileno(), whole)
             raise TrackerError(
                 f"cannot write {file.name}: {error.strerror}; free space, then go on with --resume"
             ) from error

@@ -30,7 +30,7 @@ ACTORS = {
 }
 STOPPED_S = 30.0  # a driver, longer than its actors may be silent
 WORLD, DRIVER = "world process", "driver"
-_SITE = Path(__file__).parent / "kill_points"
+KILL_POINTS = Path(__file__).parent / "kill_points"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +115,7 @@ class Battered:
         return code, audit(self.run.folder / "ledger" / FILE)
 
     def _start(self, *, resume: bool) -> DrivenRun:
-        path = [str(_SITE), *filter(None, [os.environ.get("PYTHONPATH")])]
+        path = [str(KILL_POINTS), *filter(None, [os.environ.get("PYTHONPATH")])]
         variables = {"PYTHONPATH": os.pathsep.join(path), "LOOPWRIGHT_CHAOS": str(self._points)}
         return DrivenRun(self._config, *self._overrides, resume=resume, variables=variables)
 

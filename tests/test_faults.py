@@ -318,6 +318,23 @@ class TestFullDisk:
         assert train(config, *overrides, resume=True) == DONE
         assert_clean(tmp_path / "runs" / NAME, 8)
 
+    @pytest.mark.parametrize("named", ["metrics.jsonl", "events.jsonl", "summary.partial"])
+    def test_what_else_a_run_writes_is_named(
+        self, tmp_path: Path, model: str, capsys: Said, named: str
+    ) -> None:
+        """Each of these files alone is on a device that is full."""
+        config = write_config(tmp_path, model)
+        folder = tmp_path / "runs" / NAME
+        folder.mkdir(parents=True)
+        (folder / named).symlink_to("/dev/full")
+        assert train(config) == FAILED
+        told = reason(capsys)
+        assert named.partition(".")[0] in told and "No space left on device" in told
+        assert "--resume" in told
+        (folder / named).unlink()
+        assert train(config, resume=True) == DONE
+        assert_clean(folder, 4)
+
     @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
     def test_a_small_file_system_that_fills_up(self, tmp_path: Path, model: str) -> None:
         config = write_config(tmp_path, model, environment="Slow", steps=8)
