@@ -3,7 +3,7 @@ ones.
 
     loopwright warmstart quickstart --set cluster.address=none --set run.name=policy
     PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/chaos.py --model runs/policy/warm_start \\
-        [--out benchmarks/results/chaos.json] [--steps 48] [--equality-only]
+        [--work runs/chaos] [--out benchmarks/results/chaos.json] [--only disturbed]
 
 Each disturbed run gets SIGKILL and SIGSTOP for the trainer, the rollout actor, the environment
 worker and a world in a process of its own, SIGKILL and a stop of 30 s for the driver, and one death
@@ -20,18 +20,21 @@ twice      rollouts that steps trained on more than once
 
 Then resume equality: the driver is killed at five random steps of a synchronous run on Ray, and
 every published checksum must be that of the undisturbed run. The JSON is written after every run;
-what it holds is not run again. A table (`.md`) comes beside it.
+what it holds is not run again. A table (`.md`) comes beside it. Several may run at the same time
+with `--only`, each with its part; `--out` of the last one collects them from `--work`.
 """
 
 import argparse
 import asyncio
 import json
 import random
+import shutil
 import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +46,7 @@ from tests.driven_run import NAME, build_policy, write_config
 
 SEEDS = (0, 1, 2, 3)  # undisturbed
 DISTURBED = (0, 1)  # each with its own schedule
-GROUPS, GROUP_SIZE = 8, 8
+STEPS, GROUPS, GROUP_SIZE = 48, 8, 8
 OFFICE = Path(__file__).resolve().parent.parent / "tests" / "office_process.py"
 WORLD_OPTIONS = f"""{{ target = "{OFFICE}:Office", sessions = 16, \
 call_timeout_s = 20.0, options = {{ action_format = "call", style = "compact", \
@@ -109,48 +112,48 @@ def disturbed(model: str, seed: int, steps: int) -> dict[str, Any]:
     """On Ray, under all blows of the seed's schedule, as far as the steps go."""
     began = time.monotonic()
     chance = random.Random(100 + seed)
-    with tempfile.TemporaryDirectory(prefix="chaos-") as scratch:
-        folder = Path(scratch)
-        config = folder / "chaos.toml"
-        config.write_text(Path("configs/quickstart.toml").read_text())
-        where = (f"run.dir={folder / 'runs'}", f"run.name={NAME}", "cluster.address=local")
-        blows = schedule(seed)
-        with Battered(config, *settings(model, seed, steps), *where, patience_s=240) as battered:
-            battered.until_step(2)
-            for number, blow in enumerate(blows, 1):
-                if battered.run.steps() > steps - 4:
-                    print(f"no steps are left for {len(blows) - number + 1} blows", flush=True)
-                    break
-                time.sleep(chance.uniform(0, 3))  # anywhere in a step
-                cost = battered.strike(blow)
-                print(f"{number}/{len(blows)} {cost.row()}", flush=True)
-            code, found = battered.over(900)
-            summary = battered.run.summary() if code == 0 else {}
-            struck = len(battered.costs)
-            return {
-                "code": code,
-                "reason": battered.run.reason() if code else "",
-                "success": summary.get("success", {}).get("final"),
-                "restarts": summary.get("restarts"),
-                "blows": [cost.row() for cost in battered.costs],
-                "left_out": len(blows) - struck,
-                "finished": found.finished,
-                "trained": found.trained,
-                "expected": steps * GROUPS * GROUP_SIZE,
-                "unused": len(found.unused),
-                "twice": len(found.twice),
-                "unknown": len(found.unknown),
-                "unasked": unasked(battered),
-                "resumed": summary.get("resumed"),
-                "seconds": round(time.monotonic() - began, 1),
-            }
+    folder = Path(tempfile.mkdtemp(prefix="chaos-"))  # stays if this fails
+    config = folder / "chaos.toml"
+    config.write_text(Path("configs/quickstart.toml").read_text())
+    where = (f"run.dir={folder / 'runs'}", f"run.name={NAME}", "cluster.address=local")
+    blows = schedule(seed)
+    with Battered(config, *settings(model, seed, steps), *where, patience_s=300) as battered:
+        battered.until_step(2)
+        for number, blow in enumerate(blows, 1):
+            if battered.run.steps() > steps - 4:
+                print(f"no steps are left for {len(blows) - number + 1} blows", flush=True)
+                break
+            time.sleep(chance.uniform(0, 3))  # anywhere in a step
+            print(f"{number}/{len(blows)} {battered.strike(blow).row()}", flush=True)
+        code, found = battered.over(900)
+        summary = battered.run.summary() if code == 0 else {}
+        told = {
+            "code": code,
+            "reason": battered.run.reason() if code else "",
+            "success": summary.get("success", {}).get("final"),
+            "restarts": summary.get("restarts"),
+            "blows": [cost.row() for cost in battered.costs],
+            "left_out": len(blows) - len(battered.costs),
+            "finished": found.finished,
+            "trained": found.trained,
+            "expected": steps * GROUPS * GROUP_SIZE,
+            "unused": len(found.unused),
+            "twice": len(found.twice),
+            "unknown": len(found.unknown),
+            "unasked": unasked(battered),
+            "resumed": summary.get("resumed"),
+            "seconds": round(time.monotonic() - began, 1),
+        }
+    shutil.rmtree(folder)
+    return told
 
 
 def unasked(battered: Battered) -> list[str]:
     """Losses that the run told of beyond those that it was dealt."""
     told = battered.run.events("actor_lost")
     dealt = sum(cost.kind in ACTORS for cost in battered.costs)
-    return [f"{e['actor']}: {e['why']}"[:200] for e in told] if len(told) > dealt else []
+    more = [f"{e['actor']}: {e['why']}"[:200] for e in told] if len(told) > dealt else []
+    return [*battered.unasked, *more]
 
 
 def equality(kills: int = 5, steps: int = 24) -> dict[str, Any]:
@@ -219,7 +222,7 @@ def table(results: dict[str, Any]) -> list[str]:
             "disturbed runs are within."
         )
     if "equality" in results:
-        e = results["equality"]
+        e = results["equality"]["0"]
         lines.append(
             f"Driver killed at steps {e['killed_at']} of {e['steps']}, max_lag 0: "
             f"{len(e['different'])} versions differ from the undisturbed run."
@@ -247,34 +250,32 @@ def main() -> None:
     """Run what is missing; print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="", help="the cloned policy of the quickstart")
+    parser.add_argument("--work", type=Path, default=Path("runs/chaos"), help="one file a run")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/chaos.json"))
-    parser.add_argument("--steps", type=int, default=48)
-    parser.add_argument("--equality-only", action="store_true")
+    parser.add_argument("--only", choices=("disturbed", "undisturbed", "equality"))
     arguments = parser.parse_args()
-    results: dict[str, Any] = (
-        json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    )
-
-    def keep(part: str, key: str, value: Any) -> None:
-        results.setdefault(part, {})[key] = value
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
-        arguments.out.with_suffix(".md").write_text("\n".join(table(results)) + "\n")
-
-    if not arguments.equality_only:
-        if not arguments.model:
-            parser.error("--model: the clone that all runs begin from")
-        for kind, seeds, play in (
-            ("disturbed", DISTURBED, disturbed),
-            ("undisturbed", SEEDS, undisturbed),
-        ):
-            for seed in seeds:
-                if str(seed) not in results.get(kind, {}):
-                    print(f"{kind}, seed {seed}", flush=True)
-                    keep(kind, str(seed), play(arguments.model, seed, arguments.steps))
-    if "equality" not in results:
-        results["equality"] = equality()
-        keep("setting", "steps", arguments.steps)
-    print("\n".join(table(results)))
+    model, only = arguments.model, arguments.only
+    if not model and only != "equality":
+        parser.error("--model: the clone that all runs begin from")
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    todo: list[tuple[str, Callable[[], dict[str, Any]]]] = [
+        *((f"disturbed-{s}", partial(disturbed, model, s, STEPS)) for s in DISTURBED),
+        *((f"undisturbed-{s}", partial(undisturbed, model, s, STEPS)) for s in SEEDS),
+        ("equality-0", equality),
+    ]
+    for name, play in todo:
+        file = arguments.work / f"{name}.json"
+        if name.startswith(only or "") and not file.exists():
+            print(name, flush=True)
+            file.write_text(json.dumps(play()))
+    results: dict[str, Any] = {"steps": STEPS}
+    for file in sorted(arguments.work.glob("*-*.json")):
+        kind, _, seed = file.stem.partition("-")
+        results.setdefault(kind, {})[seed] = json.loads(file.read_text())
+    lines = table(results)
+    arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    arguments.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

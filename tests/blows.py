@@ -74,6 +74,7 @@ class Battered:
         self._points = config.parent / "points"
         self._points.mkdir(exist_ok=True)
         self.costs: list[Cost] = []
+        self.unasked: list[str] = []  # deaths of the driver that nobody dealt
         self.run = self._start(resume=False)
 
     def __enter__(self) -> Self:
@@ -84,20 +85,19 @@ class Battered:
     ) -> None:
         self.run.__exit__(kind, error, at)
 
-    def strike(self, blow: Blow) -> Cost:
-        """Deal it, and wait until the run has got over it."""
-        run = self.run
-        cost = Cost(kind=blow.kind, how=blow.how, step=run.steps(), finished=self._finished())
+    def strike(self, blow: Blow, *others: Blow) -> Cost:
+        """Deal it, and wait until the run has got over it. `others` (of actors and worlds, by
+        signal) are dealt in the same moment. What the first one cost."""
+        costs = [self._begun(b) for b in (blow, *others)]
         if blow.how in POINTS:
             (self._points / "armed").write_text(blow.how)
         if blow.kind == DRIVER:
-            self._driver(blow, cost)
-        elif blow.kind == WORLD:
-            self._world(blow, cost)
+            self._driver(blow, costs[0])
         else:
-            self._actor(ACTORS[blow.kind], blow, cost)
-        self.costs.append(cost)
-        return cost
+            for end in [self._deal(b, c) for b, c in zip((blow, *others), costs, strict=True)]:
+                end()
+        self.costs += costs
+        return costs[0]
 
     def until_step(self, more: int = 1) -> None:
         """So many more steps are on record."""
@@ -120,7 +120,26 @@ class Battered:
         return DrivenRun(self._config, *self._overrides, resume=resume, variables=variables)
 
     def _wait(self, what: str, happened: Callable[[], bool]) -> None:
-        self.run.wait(what, happened, self._patience_s)
+        """Look until it has happened. A driver that ends meanwhile, and should not, is told of and
+        goes on with `--resume`."""
+        deadline = time.monotonic() + self._patience_s
+        while not happened():
+            code = self.run.process.poll()
+            if code is not None:
+                self.unasked.append(f"driver ended ({code}) before {what}: {self.run.reason()}")
+                assert len(self.unasked) < 4, self.unasked
+                self.run.__exit__()
+                self.run = self._start(resume=True)
+                deadline = time.monotonic() + 2 * self._patience_s
+            told = [f"{e['kind']} {e.get('actor', '')}" for e in self.run.events()[-8:]]
+            assert time.monotonic() < deadline, f"no {what} in time; events: {told}"
+            time.sleep(0.05)
+
+    def _own_doing(self, what: str, happened: Callable[[], bool]) -> bool:
+        """Wait for it; False if the driver went down meanwhile, which makes it moot."""
+        known = len(self.unasked)
+        self._wait(what, lambda: happened() or len(self.unasked) > known)
+        return len(self.unasked) == known
 
     def _finished(self) -> set[tuple[int, int]]:
         """What is on record and certain to last: groups are flushed as wholes."""
@@ -140,34 +159,54 @@ class Battered:
         fired.unlink()
         return when
 
-    def _actor(self, actor: str, blow: Blow, cost: Cost) -> None:
+    def _begun(self, blow: Blow) -> Cost:
+        step = self.run.steps()
+        return Cost(kind=blow.kind, how=blow.how, step=step, finished=self._finished())
+
+    def _deal(self, blow: Blow, cost: Cost) -> Callable[[], None]:
+        """Deal a blow to an actor or a world; what waits for the end of its consequences."""
+        if blow.kind == WORLD:
+            return self._world(blow, cost)
+        return self._actor(ACTORS[blow.kind], blow, cost)
+
+    def _actor(self, actor: str, blow: Blow, cost: Cost) -> Callable[[], None]:
         run = self.run
         lost, back = run.count("actor_lost", actor), run.count("actor_back", actor)
-        if blow.how in POINTS:
-            began = self._fired()
-        else:
-            began = time.time()
+        began = time.time()
+        if blow.how not in POINTS:
             os.kill(run.pid(actor), signal.Signals[blow.how])
-        self._wait(f"{actor} back", lambda: run.count("actor_back", actor) > back)
-        told = [e for e in run.events("actor_lost") if e["actor"] == actor][lost]
-        came = [e for e in run.events("actor_back") if e["actor"] == actor][back]
-        cost.detect_s = told["unix_s"] - began
-        cost.recover_s = came["unix_s"] - told["unix_s"]
-        self.until_step()
-        cost.step_s = time.time() - began
 
-    def _world(self, blow: Blow, cost: Cost) -> None:
+        def end() -> None:
+            at = self._fired() if blow.how in POINTS else began
+            if self._own_doing(f"{actor} back", lambda: run.count("actor_back", actor) > back):
+                told = [e for e in run.events("actor_lost") if e["actor"] == actor][lost]
+                came = [e for e in run.events("actor_back") if e["actor"] == actor][back]
+                cost.detect_s = told["unix_s"] - at
+                cost.recover_s = came["unix_s"] - told["unix_s"]
+            self.until_step()
+            cost.step_s = time.time() - at
+
+        return end
+
+    def _world(self, blow: Blow, cost: Cost) -> Callable[[], None]:
         run = self.run
         faults = len(run.events("infra_fault"))
         victims = worlds(run.pid(ACTORS["environment worker"]))
-        assert victims, "no world runs in a process of its own: environment.name is not process"
+        assert victims, "no world runs in a process of its own: the environment is no ProcessEnv"
         began = time.time()
         os.kill(victims[0], signal.Signals[blow.how])
-        self._wait("its episodes to be faults", lambda: len(run.events("infra_fault")) > faults)
-        cost.detect_s = run.events("infra_fault")[faults]["unix_s"] - began
-        self.until_step()
-        cost.step_s = time.time() - began
-        cost.recover_s = cost.step_s - cost.detect_s
+
+        def end() -> None:
+            what = "its episodes to be faults"
+            found = self._own_doing(what, lambda: len(run.events("infra_fault")) > faults)
+            if found:
+                cost.detect_s = run.events("infra_fault")[faults]["unix_s"] - began
+            self.until_step()
+            cost.step_s = time.time() - began
+            if found:
+                cost.recover_s = cost.step_s - cost.detect_s
+
+        return end
 
     def _driver(self, blow: Blow, cost: Cost) -> None:
         run, step = self.run, self.run.steps()

@@ -171,7 +171,8 @@ class DrivenRun:
         started = time.monotonic()
         while not happened():
             if self.process.poll() is not None and not happened():
-                raise AssertionError(f"ended before {what}: {self.errors()[-2000:]}")
+                code = self.process.poll()
+                raise AssertionError(f"ended ({code}) before {what}: {self.errors()[-2000:]}")
             if time.monotonic() - started > timeout_s:
                 raise AssertionError(f"no {what} in {timeout_s:g} s; events: {self.events()[-8:]}")
             time.sleep(0.02)

@@ -48,29 +48,6 @@ def assert_clean(folder: Path, steps: int, *, missing: int = 0) -> None:
 class TestProcesses:
     """On Ray."""
 
-    def test_killed_and_hung_actors_are_replaced_and_nothing_is_lost(
-        self, tmp_path: Path, model: str
-    ) -> None:
-        config = write_config(
-            tmp_path, model, environment="Slow", address="local", steps=12, max_lag=1
-        )
-        with DrivenRun(config, "trainer.epochs=12") as run:
-            run.wait("step 1", lambda: run.steps() >= 1)
-            for actor, number in ((ROLLOUT, signal.SIGKILL), (WORKER, signal.SIGKILL)):
-                self._hit(run, actor, number)
-            self._kill_trainer_in_a_step(run)
-            for actor in (ROLLOUT, TRAINER):
-                self._hit(run, actor, signal.SIGSTOP)
-                (*_, stuck) = (e for e in run.events("actor_stuck") if e["actor"] == actor)
-                assert stuck["state"] == "stopped by a signal"
-                assert any("loopwright" in line or "worker" in line for line in stuck["stack"])
-            assert run.finish() == DONE, run.errors()
-            assert run.summary()["restarts"] >= 5
-            assert "Traceback" not in run.errors() and "never retrieved" not in run.errors()
-            assert_clean(run.folder, 12)
-            assert all(step.equal for step in replay(run.folder))
-            assert run.processes() == []
-
     def test_a_killed_and_a_stopped_driver_go_on_to_the_same_weights(
         self, tmp_path: Path, model: str
     ) -> None:
@@ -154,33 +131,6 @@ class TestProcesses:
             assert run.count("actor_back", WORKER) == 1
             assert "Traceback" not in run.errors() and "never retrieved" not in run.errors()
             assert run.processes() == []
-
-    @staticmethod
-    def _hit(run: DrivenRun, actor: str, number: signal.Signals) -> None:
-        """Send the signal, wait until the actor is back, and until one more step is taken."""
-        back, victim = run.count("actor_back", actor), run.pid(actor)
-        os.kill(victim, number)
-        run.wait(f"{actor} back", lambda: run.count("actor_back", actor) > back)
-        assert run.pid(actor) != victim
-        assert not Path(f"/proc/{victim}").exists()
-        step = run.steps()
-        run.wait("another step", lambda: run.steps() > step)
-
-    @staticmethod
-    def _kill_trainer_in_a_step(run: DrivenRun) -> None:
-        """Its batch is on record as played, the step is not on record as taken: it is at it."""
-        step = run.steps() + 1
-        back = run.count("actor_back", TRAINER)
-
-        def at_it() -> bool:
-            state = run.ledger()
-            due = [len(state.rollouts.get(t, {})) for t in range((step - 1) * P, step * P)]
-            return step not in state.trained and min(due) == K
-
-        run.wait("the trainer at its step", at_it)
-        os.kill(run.pid(TRAINER), signal.SIGKILL)
-        run.wait("trainer back", lambda: run.count("actor_back", TRAINER) > back)
-        run.wait("another step", lambda: run.steps() > step)
 
 
 Said = pytest.CaptureFixture[str]
