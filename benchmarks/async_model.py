@@ -145,6 +145,9 @@ class Rows:
     def event(self, kind: str, **fields: Any) -> None:
         """Not kept."""
 
+    def span(self, name: str, seconds: float, **attributes: Any) -> None:
+        """Not wanted."""
+
     def phase(self, text: str) -> None:
         """Not kept."""
 

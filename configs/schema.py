@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from loopwright.configs.rules import Contradictions, contradictions
 
-TrackerName = Literal["console", "jsonl", "tensorboard", "wandb", "mlflow"]
+TrackerName = Literal["console", "jsonl", "tensorboard", "wandb", "mlflow", "otel"]
 
 
 class _Table(BaseModel):

@@ -43,6 +43,10 @@ class Trackers(Protocol):
         """Something that happened once."""
         ...
 
+    def span(self, name: str, seconds: float, **attributes: Any) -> None:
+        """Something that took so long has just ended."""
+        ...
+
     def phase(self, text: str) -> None:
         """What the run is doing."""
         ...
@@ -83,7 +87,9 @@ class Recorder:
         try:
             yield
         finally:
-            self.spent(phase, time.monotonic() - before)
+            seconds = time.monotonic() - before
+            self.spent(phase, seconds)
+            self._trackers.span(phase, seconds)
 
     def spent(self, phase: str, seconds: float) -> None:
         """Add seconds to a phase."""
@@ -113,6 +119,17 @@ class Recorder:
         self._counts[f"end/{rollout.end_reason.value}"] += 1
         self._counts["tokens"] += rollout.generated_tokens
         self._counts.update({f"signal/{k}": v for k, v in rollout.tool_errors.items()})
+        self._trackers.span(
+            "episode",
+            rollout.seconds.get("total", 0.0),
+            task=rollout.task_id,
+            attempt=rollout.attempt,
+            outcome=rollout.outcome.value,
+            reward=rollout.reward,
+            turns=rollout.turns,
+            tokens=rollout.generated_tokens,
+            **{f"{part}_s": s for part, s in rollout.seconds.items() if part != "total"},
+        )
 
     def unused(self, unused: Unused) -> None:
         """What a step's tickets sampled beside its batch."""

@@ -1,4 +1,5 @@
-"""Where metrics and events go: files, the console, TensorBoard, Weights & Biases, MLflow.
+"""Where metrics and events go: files, the console, TensorBoard, Weights & Biases, MLflow,
+OpenTelemetry (otel.py).
 
 Files and console belong to the run: if they fail, the run says so and stops. The others are guests:
 the first failure of each is a warning, after which it is left out, and the run goes on.
@@ -12,11 +13,13 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from loopwright.orchestrator.console import Console
+from loopwright.orchestrator.otel import OtelTracker
 
 _logger = logging.getLogger(__name__)
 
@@ -86,6 +89,14 @@ class JsonlTracker:
             raise TrackerError(
                 f"cannot write {file.name}: {error.strerror}; free space, then go on with --resume"
             ) from error
+
+
+class SpanTracker(Tracker, Protocol):
+    """One that also wants to know how long each thing took."""
+
+    def span(self, name: str, seconds: float, attributes: Mapping[str, Any]) -> None:
+        """Something that took so long has just ended."""
+        ...
 
 
 class TensorboardTracker:
@@ -165,9 +176,12 @@ class Trackers:
         own: Iterable[Tracker] = (),
         guests: Mapping[str, Tracker] | None = None,
         console: Console | None = None,
+        spans: Mapping[str, SpanTracker] | None = None,
     ) -> None:
+        """`spans` are guests too."""
+        self._spans = dict(spans or {})
         self._own = [*own, *([console] if console is not None else [])]
-        self._guests = dict(guests or {})
+        self._guests: dict[str, Tracker] = {**(guests or {}), **self._spans}
         self._console = console
 
     def join(self, name: str, guest: Tracker) -> None:
@@ -181,6 +195,12 @@ class Trackers:
     def event(self, kind: str, **fields: Any) -> None:
         """Hand the event to every tracker."""
         self._each(lambda tracker: tracker.event(kind, **fields))
+
+    def span(self, name: str, seconds: float, **attributes: Any) -> None:
+        """Something that took so long has just ended."""
+        for guest, tracker in self._spans.items():
+            if guest in self._guests:
+                self._try(guest, partial(tracker.span, name, seconds, attributes))
 
     def phase(self, text: str) -> None:
         """Show what the run is doing now."""
@@ -198,13 +218,16 @@ class Trackers:
 
     def _each(self, do: Callable[[Tracker], None]) -> None:
         for name, guest in list(self._guests.items()):
-            try:
-                do(guest)
-            except Exception:  # whatever it raises, the run is worth more than its record there
-                _logger.warning("tracker %s failed, left out from here on", name, exc_info=True)
-                del self._guests[name]
+            self._try(name, partial(do, guest))
         for tracker in self._own:
             do(tracker)
+
+    def _try(self, name: str, do: Callable[[], None]) -> None:
+        try:
+            do()
+        except Exception:  # whatever it raises, the run is worth more than its record there
+            _logger.warning("tracker %s failed, left out from here on", name, exc_info=True)
+            del self._guests[name]
 
 
 def open_trackers(
@@ -225,6 +248,7 @@ def open_trackers(
     """
     own: list[Tracker] = []
     guests: dict[str, Tracker] = {}
+    spans: dict[str, SpanTracker] = {}
     chosen = list(names)
     for name in chosen:
         if name == "jsonl":
@@ -235,9 +259,12 @@ def open_trackers(
             guests[name] = WandbTracker(folder, run_name, config)
         elif name == "mlflow":
             guests[name] = MlflowTracker(run_name, config)
+        elif name == "otel":
+            _import("opentelemetry.exporter.otlp.proto.http", extra="otel")
+            spans[name] = OtelTracker(run_name)
     shown = "console" in chosen
     console = Console(name=run_name, total_steps=total_steps, out=out) if shown else None
-    return Trackers(own, guests, console)
+    return Trackers(own, guests, console, spans)
 
 
 def _import(module: str, *, extra: str) -> Any:

@@ -116,8 +116,8 @@ class Watchdog:
                 await self._say_quiet()
 
     async def _say_quiet(self) -> None:
-        waiting = [w for w in self._watched if w.asked]
-        if not waiting:
+        waiting = [w for w in self._watched if w.asked and w.began]
+        if not waiting:  # those that are being started have a deadline of their own for that
             return
         silent_s, self._quiet_until = _now() - self._heard, _now()
         oldest = min(waiting, key=lambda w: min(call.since for call in w.asked))
@@ -163,6 +163,11 @@ class Watched:
             with contextlib.suppress(ActorLost, DeadlinePassed):
                 self._home = await self.home(timeout_s=_HOME_S)
         return answer
+
+    @property
+    def began(self) -> bool:
+        """Whether it has come up, and said where."""
+        return self._home is not None
 
     async def restart(self) -> None:
         """As `Actor.restart`."""

@@ -51,9 +51,9 @@ def test_blows_to_every_process_and_a_leak_lose_nothing(tmp_path: Path) -> None:
         "run.infra_fault_limit=0.9",
         "environment.retries=5",
     )
-    with memory_of_a_worker(640), Battered(config, *overrides) as battered:
+    with memory_of_a_worker(640), Battered(config, *overrides, patience_s=240) as battered:
         run = battered.run
-        run.wait("the leak to be found", lambda: leaked(run))
+        run.wait("the leak to be found", lambda: leaked(run), timeout_s=240)
         battered.until_step()
         battered.strike(
             at_point("publish: bytes written, not committed"), Blow(kind=WORLD, how="SIGKILL")

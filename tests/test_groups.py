@@ -33,6 +33,9 @@ class Quiet:
     def event(self, kind: str, **fields: Any) -> None:
         """Not kept."""
 
+    def span(self, name: str, seconds: float, **attributes: Any) -> None:
+        """Not wanted."""
+
     def phase(self, text: str) -> None:
         """Not kept."""
 
