@@ -154,6 +154,9 @@ class Watched:
             answer = await self._call(method, args, timeout_s, waiting_for)
         except DeadlinePassed as error:
             raise DeadlinePassed(f"{error}; {await self._stuck(asked)}") from None
+        except ActorLost:
+            self._home = None
+            raise
         finally:
             self.asked.discard(asked)
         self._answered, self._answered_at, self._report = waiting_for, _now(), None

@@ -4,6 +4,7 @@ and deaths at exact points of a publish and of a checkpoint (kill_points/sitecus
 A `Battered` run is started again with `--resume` whenever its driver dies.
 """
 
+import contextlib
 import os
 import signal
 import time
@@ -125,6 +126,7 @@ class Battered:
         deadline = time.monotonic() + self._patience_s
         while not happened():
             code = self.run.process.poll()
+            assert code != 0, f"the run is over before {what}"
             if code is not None:
                 self.unasked.append(f"driver ended ({code}) before {what}: {self.run.reason()}")
                 assert len(self.unasked) < 4, self.unasked
@@ -134,6 +136,20 @@ class Battered:
             told = [f"{e['kind']} {e.get('actor', '')}" for e in self.run.events()[-8:]]
             assert time.monotonic() < deadline, f"no {what} in time; events: {told}"
             time.sleep(0.05)
+
+    def _busiest_world(self) -> int:
+        """Of all worlds the one that computes most while we look: idle ones nobody would miss."""
+        before = worlds(self.run.pid(ACTORS["environment worker"]))
+        assert before, "no world runs in a process of its own: the environment is no ProcessEnv"
+        spent: dict[int, int] = {}
+
+        def one_computes() -> bool:
+            after = worlds(self.run.pid(ACTORS["environment worker"]))
+            spent.update({pid: after[pid] - before.get(pid, after[pid]) for pid in after})
+            return max(spent.values()) > 0
+
+        self._wait("a world to compute", one_computes)
+        return max(spent, key=lambda pid: spent[pid])
 
     def _own_doing(self, what: str, happened: Callable[[], bool]) -> bool:
         """Wait for it; False if the driver went down meanwhile, which makes it moot."""
@@ -191,10 +207,9 @@ class Battered:
     def _world(self, blow: Blow, cost: Cost) -> Callable[[], None]:
         run = self.run
         faults = len(run.events("infra_fault"))
-        victims = worlds(run.pid(ACTORS["environment worker"]))
-        assert victims, "no world runs in a process of its own: the environment is no ProcessEnv"
+        victim = self._busiest_world()
         began = time.time()
-        os.kill(victims[0], signal.Signals[blow.how])
+        os.kill(victim, signal.Signals[blow.how])
 
         def end() -> None:
             what = "its episodes to be faults"
@@ -245,8 +260,13 @@ class Battered:
         self.run.__exit__()
 
 
-def worlds(worker: int) -> list[int]:
-    """Processes that a worker started for its environments, oldest first."""
-    children = Path(f"/proc/{worker}/task").glob("*/children")
-    pids = sorted(int(pid) for path in children for pid in path.read_text().split())
-    return [p for p in pids if b"shim.py" in Path(f"/proc/{p}/cmdline").read_bytes()]
+def worlds(worker: int) -> dict[int, int]:
+    """Processes that a worker started for its environments: CPU time so far, clock ticks."""
+    found = {}
+    for path in Path(f"/proc/{worker}/task").glob("*/children"):
+        for pid in map(int, path.read_text().split()):
+            with contextlib.suppress(OSError):  # it has just ended
+                if b"shim.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                    found[pid] = int(fields[11]) + int(fields[12])
+    return found
