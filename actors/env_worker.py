@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -124,7 +125,8 @@ class EnvWorker:
         self._settings = settings
         self._engines: Sequence[EngineClient] = ()
         self._loaded_chat: ChatFormat | None = None
-        self._idle: list[Env] = []
+        # By what they played last: that may hold a process or a connection for its next task.
+        self._idle: dict[str, list[Env]] = defaultdict(list)
         self._playing: dict[str, _Playing] = {}
         self._played = 0
         self._memory = MemoryWatch(settings.environment, settings.memory_share)
@@ -133,7 +135,8 @@ class EnvWorker:
         """Load the tokenizer, build one environment, learn who generates; the process id."""
         self._chat()
         if not self._idle:
-            self._idle.append(self._build())
+            env = self._build()
+            self._idle[env.spec.name].append(env)
         self._engines = engines
         return os.getpid()
 
@@ -184,7 +187,7 @@ class EnvWorker:
 
     async def close(self) -> None:
         """Close every idle environment."""
-        for env in self._idle:
+        for env in (env for idle in self._idle.values() for env in idle):
             await _close_quietly(env)
         self._idle.clear()
 
@@ -208,12 +211,12 @@ class EnvWorker:
             parked.cancel()
 
     async def _rollout(self, order: EpisodeOrder, playing: _Playing) -> Rollout:
-        env = self._idle.pop() if self._idle else self._build()
-        reusable = False
+        task = decode_task(order.task)
+        env, reusable = self._take(task.environment), False
         try:
             rollout = await play_episode(
                 env,
-                decode_task(order.task),
+                task,
                 order.attempt,
                 playing.client,
                 self._chat(),
@@ -228,7 +231,7 @@ class EnvWorker:
             return rollout
         finally:
             if reusable:
-                self._idle.append(env)
+                self._idle[task.environment].append(env)
             else:
                 await _close_quietly(env)
 
@@ -243,6 +246,11 @@ class EnvWorker:
         if self._loaded_chat is None:
             self._loaded_chat = ChatFormat.load(self._settings.tokenizer_path)
         return self._loaded_chat
+
+    def _take(self, environment: str) -> Env:
+        """An idle instance, best the one that played this environment last; or a new one."""
+        idle = self._idle[environment] or max(self._idle.values(), key=len)
+        return idle.pop() if idle else self._build()
 
     def _build(self) -> Env:
         return registry.load(self._settings.environment, self._settings.options)

@@ -62,9 +62,7 @@ def project_early(optimizer: torch.optim.Optimizer) -> None:
         optimizers.GradientStream(optimizer)
 
 
-def calibrate(
-    optimizer: torch.optim.Optimizer, backend: TrainerBackend, batch: TrainBatch
-) -> None:
+def calibrate(optimizer: torch.optim.Optimizer, backend: TrainerBackend, batch: TrainBatch) -> None:
     """Before its first update, give an optimizer that draws layers by their outliers (OwLore) the
     scores of the layers under the first sequences of its first batch.
 

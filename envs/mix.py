@@ -16,6 +16,7 @@ from loopwright.envs.protocol import (
     EnvError,
     EnvSpec,
     Observation,
+    Snapshots,
     Step,
     Task,
     TaskError,
@@ -57,6 +58,7 @@ class Mix:
             description="Several environments: " + ", ".join(m.label for m in self.members),
             max_turns=max(m.spec.max_turns for m in self.members),
             deterministic=all(m.spec.deterministic for m in self.members),
+            snapshots=all(m.spec.snapshots for m in self.members),
             scheduled=tuple(dict.fromkeys(s for m in self.members for s in m.spec.scheduled)),
         )
         self.spec = self._whole  # while a task is played: its member's
@@ -75,14 +77,11 @@ class Mix:
 
     async def reset(self, task: Task) -> Observation:
         """Start the task in its member."""
-        member = next((m for m in self.members if m.label == task.environment), None)
-        if member is None:
-            raise TaskError(f"{task.id}: the mix has no member {task.environment!r}")
-        own = task.id.removeprefix(f"{member.label}/")
-        observation: Observation = await member.env.reset(
-            replace(task, environment=member.env.spec.name, id=own)
-        )
+        member = self._member(task)
+        if self._live is not None and self._live is not member.env:
+            await self._live.close()  # it may hold a process, which others wait for
         self._live, self.spec = member.env, member.spec
+        observation: Observation = await member.env.reset(self._own(task, member))
         return observation
 
     async def step(self, action: str) -> Step:
@@ -103,10 +102,44 @@ class Mix:
         for member in self.members:
             await member.env.close()
 
+    async def snapshot(self) -> bytes:
+        """The member's; only where it takes snapshots."""
+        live = self._playing()
+        if not isinstance(live, Snapshots):
+            raise EnvError(f"mix: {self.spec.name} takes no snapshots")
+        return await live.snapshot()
+
+    async def restore(self, task: Task, blob: bytes) -> None:
+        """Go on where the member's snapshot was taken."""
+        member = self._member(task)
+        await self.reset(task)
+        if not isinstance(member.env, Snapshots):
+            raise EnvError(f"mix: {member.label} takes no snapshots")
+        await member.env.restore(self._own(task, member), blob)
+
+    def _member(self, task: Task) -> Member:
+        member = next((m for m in self.members if m.label == task.environment), None)
+        if member is None:
+            raise TaskError(f"{task.id}: the mix has no member {task.environment!r}")
+        return member
+
+    @staticmethod
+    def _own(task: Task, member: Member) -> Task:
+        """The task as the member knows it."""
+        own = task.id.removeprefix(f"{member.label}/")
+        return replace(task, environment=member.env.spec.name, id=own)
+
     def _playing(self) -> Env:
         if self._live is None:
             raise RuntimeError("mix: no task is being played; call reset(task) first")
         return self._live
+
+
+def specs(env: Env) -> dict[str, EnvSpec]:
+    """What each environment that a task of `env` may name declares."""
+    if isinstance(env, Mix):
+        return {member.label: member.spec for member in env.members}
+    return {env.spec.name: env.spec}
 
 
 def _member(

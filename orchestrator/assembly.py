@@ -15,7 +15,7 @@ from loopwright.algorithms.admission import Schedule
 from loopwright.algorithms.advantages import CRITIC
 from loopwright.configs.channels import channel_option
 from loopwright.configs.schema import Config
-from loopwright.envs import registry
+from loopwright.envs import mix, registry
 from loopwright.envs.protocol import Env, EnvError
 from loopwright.orchestrator import placement
 from loopwright.orchestrator.cluster import connect
@@ -125,15 +125,22 @@ def draws(config: Config, env: Env, played: Mapping[int, Sequence[Played]]) -> D
     )
 
 
+def concurrency_limits(env: Env) -> dict[str, int]:
+    """Environment -> episodes of it that one worker plays at once, where there is a limit."""
+    return {n: s.max_concurrency for n, s in mix.specs(env).items() if s.max_concurrency}
+
+
 def spawn(
     cluster: Cluster,
     config: Config,
     model_path: str,
     recorder: Recorder,
     sampling: SamplingRecord | None = None,
+    *,
+    most_of: Mapping[str, int],
 ) -> Actors:
     """Start trainer, rollout actors and environment workers side by side; none of them has answered
-    yet. `sampling` takes down what they sample, for a replay."""
+    yet. `most_of` is `concurrency_limits`. `sampling` takes down what they sample, for a replay."""
     restarts = RestartBudget(config.run.max_restarts)
     plan = placement.plan(config, cluster.resources)
     recorder.event("placement", channel=plan.channel, carrier=plan.carrier, why=str(plan))

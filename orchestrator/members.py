@@ -1,11 +1,14 @@
 """Who plays the next episode: seats on engines and environment workers.
 
 A new episode goes to the member with the fewest; all its turns stay there. Where a member may hold
-only so many (`Throttle`), episodes wait for a seat, the lowest priority number first.
+only so many (`Throttle`, or an environment's own limit), episodes wait for a seat, the lowest
+priority number first; one whose environment is full everywhere lets others pass.
 """
 
 import asyncio
 import heapq
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -55,6 +58,7 @@ class Member:
     throttle: Throttle | None = None
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     episodes: int = 0
+    of: Counter[str] = field(default_factory=Counter)  # episodes by environment, where that counts
     stats: EngineStats | None = None
     pid: int = 0
     life: int = 0  # how often it was lost; a late report about a former life is no news
@@ -83,50 +87,60 @@ class Recover(Protocol):
 class Seats:
     """The members of one kind, and who waits for one of them."""
 
-    def __init__(self, members: list[Member]) -> None:
+    def __init__(self, members: list[Member], most: Mapping[str, int] | None = None) -> None:
+        """`most`: environment -> episodes of it that one member may have; others are unlimited."""
         self.members = members
-        self._waiting: list[tuple[int, int, asyncio.Future[Member]]] = []
+        self._most = dict(most or {})
+        self._waiting: list[tuple[int, int, str, asyncio.Future[Member]]] = []
         self._serial = 0
         self._failed: Exception | None = None
 
-    async def take(self, priority: int) -> Member:
+    async def take(self, priority: int, environment: str = "") -> Member:
         """A seat on the member with the fewest episodes, as soon as there is one."""
         if self._failed is not None:
             raise self._failed
         self._serial += 1
         seat: asyncio.Future[Member] = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._waiting, (priority, self._serial, seat))
+        heapq.heappush(self._waiting, (priority, self._serial, environment, seat))
         self.changed()
         try:
             return await seat
         except asyncio.CancelledError:
             if seat.done() and not seat.cancelled() and seat.exception() is None:
-                self.leave(seat.result())  # given in the same moment
+                self.leave(seat.result(), environment)  # given in the same moment
             seat.cancel()
             raise
 
-    def leave(self, member: Member) -> None:
+    def leave(self, member: Member, environment: str = "") -> None:
         """The episode is over, or goes elsewhere."""
         member.episodes -= 1
+        member.of[environment] -= 1
         self.changed()
 
     def changed(self) -> None:
         """Somebody is ready again, or may hold more: serve who waits."""
-        while self._waiting:
-            if self._waiting[0][2].done():  # it does not wait any more
-                heapq.heappop(self._waiting)
+        passed: list[tuple[int, int, str, asyncio.Future[Member]]] = []
+        while self._waiting and (free := [m for m in self.members if m.has_seat]):
+            waiting = heapq.heappop(self._waiting)
+            environment, seat = waiting[2:]
+            if seat.done():  # it does not wait any more
                 continue
-            free = [m for m in self.members if m.has_seat]
-            if not free:
-                return
-            member = min(free, key=lambda m: m.episodes)
+            most = self._most.get(environment, 0)
+            room = [m for m in free if not most or m.of[environment] < most]
+            if not room:
+                passed.append(waiting)
+                continue
+            member = min(room, key=lambda m: m.episodes)
             member.episodes += 1
-            heapq.heappop(self._waiting)[2].set_result(member)
+            member.of[environment] += 1
+            seat.set_result(member)
+        for waiting in passed:
+            heapq.heappush(self._waiting, waiting)
 
     def fail(self, error: Exception) -> None:
         """Nobody will be ready again: tell all who wait."""
         self._failed = error
-        for _, _, seat in self._waiting:
+        for *_, seat in self._waiting:
             if not seat.done():
                 seat.set_exception(error)
         self._waiting.clear()

@@ -36,7 +36,8 @@ async def evaluate_target(target: str, config_path: str, overrides: Sequence[str
         recorder.phase(f"evaluating {model} on {len(tasks)} held-out tasks")
         cluster = assembly.open_cluster(config, recorder)
         try:
-            actors = assembly.spawn(cluster, config, model, recorder)
+            most_of = assembly.concurrency_limits(env)
+            actors = assembly.spawn(cluster, config, model, recorder, most_of=most_of)
             await actors.training.start(None)
             await actors.pool.start(await actors.training.publish(0, actors.pool.members()))
             metrics = await evaluate(

@@ -8,7 +8,7 @@ ready.
 import asyncio
 import zlib
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -71,18 +71,20 @@ class Pool:
         event: Event,
         resend: Resend | None = None,
         most_episodes: int = 0,
+        most_of: Mapping[str, int] | None = None,
         sampling: SamplingRecord | None = None,
     ) -> None:
         """`resend` asks the trainer for the last publish once more, for engines that missed it;
         None where every manifest can be taken later too. `most_episodes` of an engine, where that
-        adapts to its KV cache; 0: as many as come. `sampling` takes down what a replay needs."""
+        adapts to its KV cache; 0: as many as come. `most_of`: environment -> episodes of it that
+        one worker plays at once. `sampling` takes down what a replay needs."""
         self._sampling = sampling
         self._engines = [
             Member(actor, Throttle(most_episodes) if most_episodes else None) for actor in engines
         ]
         self._workers = [Member(actor) for actor in workers]
         self._engine_seats = Seats(self._engines)
-        self._worker_seats = Seats(self._workers)
+        self._worker_seats = Seats(self._workers, most_of)
         self._seating = Seating(
             self._engine_seats, self._worker_seats, recover=self._recover, hang_s=deadlines.hang_s
         )

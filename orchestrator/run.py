@@ -223,7 +223,8 @@ def _parts(
     checkpoint: tuple[int, Path] | None,
 ) -> Parts:
     sampling = SamplingRecord(folder / "ledger")
-    actors = assembly.spawn(cluster, config, plan.base, recorder, sampling)
+    most_of = assembly.concurrency_limits(env)
+    actors = assembly.spawn(cluster, config, plan.base, recorder, sampling, most_of=most_of)
     r, run_ = config.rollout, config.run
     version = checkpoint[0] if checkpoint else 0
     schedule = assembly.schedule(config)

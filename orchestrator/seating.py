@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from loopwright.actors.env_worker import Cut, EpisodeOrder, Parked, WorkerLost
+from loopwright.envs.protocol import decode_task
 from loopwright.orchestrator.faults import ActorLost, DeadlinePassed
 from loopwright.orchestrator.members import Member, Recover, Seats
 
@@ -41,13 +42,15 @@ class Seating:
     ) -> bytes | None:
         """The encoded rollout, on as many engines as it takes; None if its worker is lost. Raises
         `EpisodeTakenBack` once `take_back` is set."""
-        engine = await self._seat(self._engines, order, take_back)
-        if engine is None:
+        environment = decode_task(order.task).environment
+        # First the worker: who waits for its environment keeps no engine from others.
+        worker = await self._seat(self._workers, order, take_back, environment)
+        if worker is None:
             raise EpisodeTakenBack(_NOT_BEGUN)
-        worker: Member | None = None
+        engine: Member | None = None
         try:
-            worker = await self._seat(self._workers, order, take_back)
-            if worker is None:
+            engine = await self._seat(self._engines, order, take_back)
+            if engine is None:
                 raise EpisodeTakenBack(_NOT_BEGUN)
             call: tuple[Any, ...] = ("play", replace(order, engine=self._number(engine)))
             while True:
@@ -69,8 +72,7 @@ class Seating:
         finally:
             if engine is not None:
                 self._engines.leave(engine)
-            if worker is not None:
-                self._workers.leave(worker)
+            self._workers.leave(worker, environment)
 
     def _number(self, engine: Member) -> int:
         return self._engines.members.index(engine)
@@ -114,14 +116,18 @@ class Seating:
         return cut
 
     async def _seat(
-        self, seats: Seats, order: EpisodeOrder, take_back: asyncio.Event | None
+        self,
+        seats: Seats,
+        order: EpisodeOrder,
+        take_back: asyncio.Event | None,
+        environment: str = "",
     ) -> Member | None:
         """A seat; None if the episode is taken back before there is one."""
         if take_back is None:
-            return await seats.take(order.priority)
+            return await seats.take(order.priority, environment)
         if take_back.is_set():
             return None
-        waiting = asyncio.ensure_future(seats.take(order.priority))
+        waiting = asyncio.ensure_future(seats.take(order.priority, environment))
         try:
             return waiting.result() if await _first(waiting, take_back) else None
         finally:

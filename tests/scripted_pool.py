@@ -1,7 +1,7 @@
 """A pool over scripted actors, and what tests of it need: answers, rollouts, events."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 import numpy as np
@@ -140,6 +140,7 @@ def pool_of(
     retries: int = 2,
     ping_every_s: float = 0.01,
     most_episodes: int = 0,
+    most_of: Mapping[str, int] | None = None,
 ) -> Pool:
     """A pool over scripted actors."""
     return Pool(
@@ -151,6 +152,7 @@ def pool_of(
         on_update="continue",
         event=events,
         most_episodes=most_episodes,
+        most_of=most_of,
     )
 
 

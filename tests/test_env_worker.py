@@ -1,7 +1,10 @@
 """The environment worker with scripted engines: an episode parks, goes on, and is taken back."""
 
 import asyncio
+import itertools
+from collections import Counter
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,12 @@ from loopwright.actors.env_worker import (
 from loopwright.actors.episode import EngineLost, EpisodeLimits
 from loopwright.actors.tiny_model import train_tokenizer
 from loopwright.algorithms.records import Outcome, Rollout, decode
+from loopwright.envs.conformance.held import descendants
+from loopwright.envs.mix import Mix, specs
 from loopwright.envs.protocol import Task, encode_task
+from loopwright.envs.registry import load
+from loopwright.orchestrator.members import Member, Seats
+from tests.scripted import ScriptedActor
 
 LIMITS = EpisodeLimits(
     max_turns=2, max_new_tokens=8, max_context=200, timeout_s=20, temperature=1.0
@@ -152,5 +160,72 @@ def test_a_restarted_worker_says_so(tokenizer: str) -> None:
         settings = WorkerSettings(environment=WORLD, options={}, tokenizer_path=tokenizer)
         with pytest.raises(WorkerLost, match="not started yet"):
             await EnvWorker(settings).play(_order())
+
+    asyncio.run(body())
+
+
+class QuickEngine:
+    """Answers every request at once, with one token."""
+
+    async def __call__(self, request: GenerateRequest) -> Completion:
+        await asyncio.sleep(0)
+        return Completion(
+            request_id=request.request_id,
+            token_ids=np.array([5, request.stop_token_ids[0]], np.int32),
+            logprobs=np.zeros(2, np.float32),
+            versions=np.zeros(2, np.int32),
+            finish_reason=FinishReason.STOP,
+        )
+
+    async def cancel(self, request_id: str) -> bool:
+        return False
+
+
+WORLDS = Path(__file__).parent / "plain_world.py"
+MIX: dict[str, Any] = {
+    "members": {
+        "echo": {
+            "environment": "process",
+            "options": {"target": f"{WORLDS}:Echo", "processes": 2, "sessions": 2},
+        },
+        "letters": {"environment": WORLD},
+    }
+}
+
+
+def test_a_mix_keeps_to_the_processes_that_its_member_may_have(tokenizer: str) -> None:
+    """Two hundred episodes at once of two environments, one of which has two processes with two
+    places each: idle instances of the mix keep none of them from the next episode."""
+
+    async def body() -> None:
+        env = load("mix", MIX)
+        assert isinstance(env, Mix)
+        most = {name: spec.max_concurrency for name, spec in specs(env).items()}
+        assert most == {"echo": 4, "letters": 0}
+        tasks = list(itertools.islice(env.tasks("train", 0), 200))
+        await env.close()
+        settings = WorkerSettings(environment="mix", options=MIX, tokenizer_path=tokenizer)
+        worker = EnvWorker(settings)
+        await worker.start([QuickEngine()])
+        member = Member(ScriptedActor(name="worker", answers={}))
+        member.ready.set()
+        seats = Seats([member], most)
+
+        async def one(number: int, task: Task) -> Rollout:
+            await seats.take(number, task.environment)
+            try:
+                order = replace(_order(str(number)), task=encode_task(task))
+                outcome = await worker.play(order)
+                assert isinstance(outcome, bytes)
+                return decode(outcome)
+            finally:
+                seats.leave(member, task.environment)
+
+        rollouts = await asyncio.gather(*(one(n, task) for n, task in enumerate(tasks)))
+        assert [r.fault for r in rollouts if r.fault] == []
+        assert Counter(r.environment for r in rollouts).keys() == {"echo", "letters"}
+        assert len(list(descendants())) <= 2
+        await worker.close()
+        assert not list(descendants())
 
     asyncio.run(body())

@@ -1,6 +1,7 @@
 """Episodes that are taken back, and how many an engine gets: seats over scripted actors."""
 
 import asyncio
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 from loopwright.actors.engine import EngineStats
 from loopwright.actors.env_worker import Cut, EpisodeOrder
 from loopwright.algorithms.records import Outcome
+from loopwright.envs.protocol import decode_task
 from loopwright.orchestrator.faults import DeadlinePassed
-from loopwright.orchestrator.members import Throttle
+from loopwright.orchestrator.members import Member, Seats, Throttle
 from loopwright.orchestrator.pool import Pool
 from loopwright.orchestrator.seating import EpisodeTakenBack
 from tests.scripted import TASK
@@ -209,5 +211,60 @@ class TestThrottle:
             await asyncio.gather(*playing)
             assert [order.priority for order in orders(player)] == [0, 3, 5, 7]
             await pool.close()
+
+        run(scenario())
+
+
+class TestLimitsOfEnvironments:
+    """What an environment declares: how many of its episodes one worker plays at once."""
+
+    def test_a_full_environment_waits_and_others_pass(self) -> None:
+        most: dict[tuple[int, str], int] = {}
+
+        async def scenario() -> None:
+            playing: Counter[tuple[int, str]] = Counter()
+
+            def plays(index: int) -> Any:
+                async def play(order: EpisodeOrder) -> bytes:
+                    key = index, decode_task(order.task).environment
+                    playing[key] += 1
+                    most[key] = max(most.get(key, 0), playing[key])
+                    for _ in range(20):
+                        await asyncio.sleep(0)
+                    playing[key] -= 1
+                    return rollout_of(order)
+
+                return play
+
+            workers = [worker(index, plays(index)) for index in range(2)]
+            pool = pool_of([engine()], workers, Events(), most_of={"heavy": 3})
+            await pool.start(manifest(0))
+            orders = [
+                pool.play(replace(TASK, environment=name), n, seed=n, priority=n, limits=LIMITS)
+                for n in range(100)
+                for name in ("heavy", "light")
+            ]
+            played = await asyncio.gather(*orders)
+            assert len(played) == 200 and all(r.outcome is Outcome.SCORED for r, _ in played)
+            await pool.close()
+
+        run(scenario())
+        assert [most[index, "heavy"] for index in range(2)] == [3, 3]
+        assert all(most[index, "light"] > 20 for index in range(2))
+
+    def test_a_seat_given_up_while_waiting_is_nobodys(self) -> None:
+        async def scenario() -> None:
+            member = Member(worker())
+            member.ready.set()
+            seats = Seats([member], {"heavy": 1})
+            await seats.take(0, "heavy")
+            waiting = asyncio.ensure_future(seats.take(1, "heavy"))
+            await asyncio.sleep(0)
+            assert (await seats.take(2, "light")) is member, "it passes who waits for the other"
+            waiting.cancel()
+            await asyncio.wait([waiting])
+            seats.leave(member, "heavy")
+            assert member.episodes == 1 and member.of["heavy"] == 0
+            assert await seats.take(3, "heavy") is member
 
         run(scenario())

@@ -17,7 +17,17 @@ from loopwright.envs.officeworld.full.office import FullOffice, clipped, failure
 from loopwright.envs.officeworld.grading import unit_tests
 from loopwright.envs.officeworld.scenario import Plan, Scenario
 from loopwright.envs.officeworld.small import SmallOffice
-from loopwright.envs.protocol import EnvSpec, Message, Observation, Step, Task, TaskError, Verdict
+from loopwright.envs.officeworld.snapshot import pack, unpack
+from loopwright.envs.protocol import (
+    EnvError,
+    EnvSpec,
+    Message,
+    Observation,
+    Step,
+    Task,
+    TaskError,
+    Verdict,
+)
 from loopwright.envs.sandbox import CellStatus, Session, Zygote, shared_zygote
 
 Style = Literal["compact", "full"]
@@ -46,6 +56,7 @@ def _exception(name: str) -> str:
 class _Episode:
     """The live task."""
 
+    task: Task
     plan: Plan
     office: Office
     log: CallLog = field(default_factory=CallLog)
@@ -129,6 +140,7 @@ class OfficeWorld:
             version=f"0.2+{data_hash(style)}",
             description=self._describe(),
             max_turns=max_turns or self._edition.max_turns,
+            snapshots=action_format != "code",  # an interpreter's variables cannot be copied
         )
 
     def _describe(self) -> str:
@@ -157,7 +169,7 @@ class OfficeWorld:
                 f"style {self._style!r}"
             )
         plan, office = self._edition.open(task, variant, self._size)
-        self._episode = _Episode(plan=plan, office=office)
+        self._episode = _Episode(task=task, plan=plan, office=office)
         rules = self._edition.system(self._format, office)
         text = scenario.texts[variant - 1].format(**plan.values)
         return Observation(
@@ -265,6 +277,31 @@ class OfficeWorld:
             return
         for step in calls:
             yield render_action(step.call, self._format)
+
+    def answers(self) -> Sequence[str]:
+        """The answer, where the task is a question whose answer does not occur by chance."""
+        answer = self._live().plan.goal.answer
+        return (answer,) if isinstance(answer, str) else ()
+
+    async def snapshot(self) -> bytes:
+        """The world's difference to its base, and how far the episode is. Raises `EnvError` with
+        code actions."""
+        episode = self._live()
+        if self._format == "code":
+            raise EnvError("officeworld: the variables of code cells cannot be saved")
+        return pack(
+            episode.task,
+            episode.office,
+            log=episode.log,
+            finished=episode.finished,
+            answer=episode.answer,
+        )
+
+    async def restore(self, task: Task, blob: bytes) -> None:
+        """Go on where `snapshot` was taken. Raises `EnvError` for a blob of another task."""
+        await self.reset(task)
+        episode = self._live()
+        episode.finished, episode.answer = unpack(blob, task, episode.office, episode.log)
 
     async def close(self) -> None:
         """Forget the episode, and end its interpreter."""

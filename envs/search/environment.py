@@ -8,6 +8,7 @@ mode (MEM1, arXiv:2506.15841) the context is rebuilt each turn from the question
 <state>, its query and the result.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +45,7 @@ MAX_DOCUMENTS = 100
 MAX_OBJECTIVES = 16
 MAX_HOPS = 4
 MAX_ENTITIES = 500_000
+_KEPT = ("turns", "useful", "noisy", "answer", "memory")  # of an episode, in a snapshot
 Memory = Literal["full", "constant"]
 Reward = Literal["f1", "em"]
 
@@ -133,6 +135,7 @@ class Search:
             max_turns=max_turns or max(USUAL_TURNS, needed + slack),
             deterministic=backend in ("corpus", "bm25"),
             scheduled=("noise",) if self._searcher.simulated else (),
+            snapshots=True,
         )
         if self._generated and self.spec.max_turns < needed:
             raise EnvError(
@@ -256,6 +259,32 @@ class Search:
             documents=lambda: episode.last,
             taken=lambda: episode.turns,
         )
+
+    def answers(self) -> Sequence[str]:
+        """The gold answers of generated questions; users' own may name theirs in the question."""
+        questions = self._live().questions if self._generated else ()
+        return [answer for q in questions for answer in q.answers]
+
+    async def snapshot(self) -> bytes:
+        """How far the episode is, as JSON."""
+        episode = self._live()
+        state = {name: getattr(episode, name) for name in _KEPT}
+        state["last"] = [[d.id, d.title, d.text] for d in episode.last]
+        return json.dumps({"task": episode.task.id, **state}).encode()
+
+    async def restore(self, task: Task, blob: bytes) -> None:
+        """Go on where `snapshot` was taken. Raises `EnvError` for a blob of another task."""
+        await self.reset(task)
+        episode = self._live()
+        try:
+            state = json.loads(blob)
+            if state["task"] != task.id:
+                raise EnvError(f"the snapshot is of task {state['task']!r}, not of {task.id!r}")
+            for name in _KEPT:
+                setattr(episode, name, state[name])
+            episode.last = [Document(id=i, title=t, text=x) for i, t, x in state["last"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise EnvError(f"not a snapshot of {task.id!r}: {error!r}") from error
 
     async def close(self) -> None:
         """Forget the episode and let the searcher go."""
