@@ -318,12 +318,19 @@ class DecodeBatch:
 
     def _best_prefix(self, request: GenerateRequest) -> tuple[int, Sequence | KeptPrefix | None]:
         """How many leading tokens have KV of this version, and where. The last is always
-        decoded."""
+        decoded.
+
+        A turn that is asked for again, of an episode that is played again, is computed as the first
+        time: on its own KV it would round differently, and the run would not repeat bit for bit.
+        """
         prompt = request.prompt_ids[:-1]
         best: tuple[int, Sequence | KeptPrefix | None] = (0, None)
         found = self._prefixes.find(request.session, prompt)
-        if found is not None and found[1] > 0:
-            best = (found[1], found[0])
+        if found is not None:
+            kept, shared = found
+            again = shared == len(prompt) < len(kept.token_ids)
+            if shared > 0 and not again:
+                best = (shared, kept)
         for leader in self._leaders_of(request.prompt_ids):
             if leader.ready:
                 shared = shared_length(leader.request.prompt_ids, prompt)

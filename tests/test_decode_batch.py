@@ -79,3 +79,33 @@ def test_the_prefix_cache_evicts_the_least_recently_used() -> None:
     assert cache.find("a", tokens) is not None
     cache.clear()
     assert cache.find("a", tokens) is None and cache.size_bytes == 0
+
+
+def test_a_turn_asked_for_again_is_computed_as_the_first_time_and_the_next_one_reuses_it() -> None:
+    torch.set_num_threads(1)
+    model = LeanModel(build_model(7, tied=True), max_context=64, device="cpu")
+    batch = DecodeBatch(model, max_concurrency=1, max_context=64, kv_bytes=1 << 20)
+    prompt = prompts(12, [20])[0]
+
+    def ask(name: str, prompt_ids: np.ndarray) -> Completion:
+        request = GenerateRequest(
+            request_id=name,
+            session="s",
+            prompt_ids=prompt_ids,
+            max_new_tokens=6,
+            stop_token_ids=(),
+            seed=3,
+        )
+        batch.add(request, 6)
+        while True:
+            for ended in batch.step():
+                assert isinstance(ended.result, Completion)
+                return ended.result
+
+    with torch.inference_mode():
+        first, again = ask("1", prompt), ask("2", prompt)
+        assert batch.cached_prefix_tokens == 0
+        assert first.token_ids.tolist() == again.token_ids.tolist()
+        assert first.logprobs.tolist() == again.logprobs.tolist(), "to the bit"
+        ask("3", np.concatenate([prompt, again.token_ids]))  # the rest of a turn asked for in parts
+        assert batch.cached_prefix_tokens == 20 + 6 - 1
