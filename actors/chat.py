@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from loopwright.envs.conformance.declared import schema_problem
 from loopwright.envs.protocol import Message
 
 _STAND_IN = "stand in"
@@ -52,8 +53,17 @@ class ChatFormat:
     def open(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
     ) -> np.ndarray:
-        """Tokens of the first prompt, generation prompt included. [T] int32"""
-        text = self._render(_plain(messages), tools=[dict(t) for t in tools] or None, prompt=True)
+        """Tokens of the first prompt, generation prompt included. [T] int32
+
+        Raises `ChatFormatError` for tools that the template cannot write down.
+        """
+        try:
+            text = self._render(
+                _plain(messages), tools=[dict(t) for t in tools] or None, prompt=True
+            )
+        except TypeError as error:  # what the template's `tojson` makes of an odd value
+            problems = [problem for tool in tools if (problem := schema_problem(tool))]
+            raise ChatFormatError("; ".join(problems[:3]) or str(error)) from error
         return self._encode(text)
 
     def extend(self, messages: Sequence[Message], last_token_id: int | None) -> np.ndarray:

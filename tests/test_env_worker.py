@@ -229,3 +229,17 @@ def test_a_mix_keeps_to_the_processes_that_its_member_may_have(tokenizer: str) -
         assert not list(descendants())
 
     asyncio.run(body())
+
+
+def test_a_mix_lets_go_of_what_another_member_held() -> None:
+    async def body() -> None:
+        env = load("mix", MIX)
+        tasks = {t.environment: t for t in itertools.islice(env.tasks("train", 0), 20)}
+        await env.close()
+        await env.reset(tasks["echo"])
+        assert len(list(descendants())) == 1
+        await env.reset(tasks["letters"])
+        assert not list(descendants())
+        await env.close()
+
+    asyncio.run(body())

@@ -2,7 +2,10 @@
 instance."""
 
 import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +13,10 @@ import pytest
 from loopwright.actors.chat import ChatFormat
 from loopwright.actors.cloning import clone
 from loopwright.actors.demonstrations import demonstrate, texts, tokenize
-from loopwright.actors.engine import EngineSettings
+from loopwright.actors.engine import Completion, EngineSettings, FinishReason, GenerateRequest
 from loopwright.actors.episode import EpisodeLimits, play_episode
 from loopwright.actors.rollout import RolloutActor
-from loopwright.actors.tiny_model import build_tiny_policy
+from loopwright.actors.tiny_model import build_tiny_policy, train_tokenizer
 from loopwright.actors.trainer import Trainer
 from loopwright.actors.trainer_backend import TrainerSettings
 from loopwright.algorithms.records import Outcome, Rollout
@@ -95,3 +98,62 @@ def test_the_context_stays_as_short_while_the_transcript_grows(policy: str) -> N
 
     growth = {memory: peak(memory, 8) / peak(memory, 2) for memory in ("full", "constant")}
     assert growth["full"] > 3 and growth["constant"] < 2.3
+
+
+class Scripted:
+    """An agent that does what the oracle would, asked by the real episode loop."""
+
+    def __init__(self, chat: ChatFormat, env: Search) -> None:
+        self._chat, self._env = chat, env
+        self._actions: Iterator[str] = iter(())
+
+    async def __call__(self, request: GenerateRequest) -> Completion:
+        if request.request_id.endswith("/0.1"):
+            self._actions = self._env.oracle()
+        said = self._chat.tokenizer.encode(next(self._actions), add_special_tokens=False)
+        tokens = np.asarray([*said, self._chat.stop_token_ids[0]], np.int32)
+        return Completion(
+            request_id=request.request_id,
+            token_ids=tokens,
+            logprobs=np.zeros(tokens.size, np.float32),
+            versions=np.zeros(tokens.size, np.int32),
+            finish_reason=FinishReason.STOP,
+        )
+
+
+def test_peak_context_is_flat_from_two_to_eight_objectives_in_full_wording() -> None:
+    """Flat but for what must grow with the objectives: their own text, and the answers found so
+    far, which both stand in the context that is rebuilt."""
+    style: dict[str, Any] = {"style": "full", "entities": 300, "hops": [1]}
+    limits = replace(LIMITS, max_context=1 << 15, max_new_tokens=1 << 12)
+
+    def env(memory: str, objectives: int) -> Search:
+        return Search(memory=memory, objectives=objectives, **style)  # type: ignore[arg-type]
+
+    shown = [
+        asyncio.run(demonstrate(env("full", 2), task))
+        for task in islice(env("full", 2).tasks("train", 1), 30)
+    ]
+    chat = ChatFormat(train_tokenizer(list(texts(shown)), vocab_size=2000))
+
+    def peaks(memory: str, objectives: int) -> tuple[int, int]:
+        """Most tokens of a context over all episodes; and of one without questions and answers."""
+        played, peak, beside = env(memory, objectives), 0, 0
+        for number, task in enumerate(islice(played.tasks("train", 0), 6)):
+            agent = Scripted(chat, played)
+            rollout = asyncio.run(
+                play_episode(played, task, 0, agent, chat, limits, seed=number, priority=0)
+            )
+            assert rollout.reward == objectives, rollout.fault
+            questions = task.payload["questions"]
+            own = "; ".join(q["text"] + q["answers"][0] for q in questions)
+            longest = max(c.token_ids.size for c in rollout.contexts)
+            peak = max(peak, longest)
+            beside = max(beside, longest - len(chat.tokenizer.encode(own)))
+        return peak, beside
+
+    full = [peaks("full", n)[0] for n in (2, 8)]
+    constant, beside = zip(*(peaks("constant", n) for n in (2, 4, 8)), strict=True)
+    assert full[1] / full[0] > 3
+    assert constant[-1] / constant[0] < 1.6 and constant[-1] < full[0]
+    assert max(beside) / min(beside) < 1.25
