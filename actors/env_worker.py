@@ -10,7 +10,7 @@ import contextlib
 import os
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -64,7 +64,7 @@ class EpisodeOrder:
     key: str  # of this playing of it, among all that the worker plays
     task: bytes  # `encode_task`
     attempt: int
-    engine: int  # which engine serves all its turns (sticky: its prefix stays cached there)
+    engine: int  # number of the one that serves all its turns: its prefix stays cached there
     seed: int
     priority: int
     limits: EpisodeLimits
@@ -123,7 +123,7 @@ class EnvWorker:
 
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
-        self._engines: Sequence[EngineClient] = ()
+        self._engines: dict[int, EngineClient] = {}  # by number
         self._loaded_chat: ChatFormat | None = None
         # By what they played last: that may hold a process or a connection for its next task.
         self._idle: dict[str, list[Env]] = defaultdict(list)
@@ -131,21 +131,26 @@ class EnvWorker:
         self._played = 0
         self._memory = MemoryWatch(settings.environment, settings.memory_share)
 
-    async def start(self, engines: Sequence[EngineClient]) -> int:
-        """Load the tokenizer, build one environment, learn who generates; the process id."""
+    async def start(self, engines: Mapping[int, EngineClient]) -> int:
+        """Load the tokenizer, build one environment, learn who generates (rollout actors by
+        number); the process id."""
         self._chat()
         if not self._idle:
             env = self._build()
             self._idle[env.spec.name].append(env)
-        self._engines = engines
+        self._engines = dict(engines)
         return os.getpid()
+
+    async def meet(self, engines: Mapping[int, EngineClient]) -> None:
+        """These rollout actors generate too from now on. Raises `WorkerLost` before `start`."""
+        if not self._engines:
+            raise WorkerLost("restarted, and not started yet")
+        self._engines.update(engines)
 
     async def play(self, order: EpisodeOrder) -> bytes | Parked | Cut:
         """Play one episode; the encoded `Rollout`, also when the infrastructure failed. Raises
         `TaskError`, and `WorkerLost` before `start`."""
-        if not self._engines:
-            raise WorkerLost("restarted, and not started yet")
-        playing = _Playing(self._engines[order.engine])
+        playing = _Playing(self._client(order.engine))
         playing.task = asyncio.create_task(self._rollout(order, playing))
         self._playing[order.key] = playing
         return await self._outcome(order.key, playing)
@@ -155,8 +160,9 @@ class EnvWorker:
         playing = self._known(key)
         if playing.seat is None or playing.seat.done():
             raise WorkerLost(f"episode {key} does not wait for an engine")
+        client = self._client(engine)
         playing.parked.clear()
-        playing.seat.set_result(self._engines[engine])
+        playing.seat.set_result(client)
         return await self._outcome(key, playing)
 
     async def take_back(self, key: str) -> Cut | None:
@@ -234,6 +240,12 @@ class EnvWorker:
                 self._idle[task.environment].append(env)
             else:
                 await _close_quietly(env)
+
+    def _client(self, engine: int) -> EngineClient:
+        if engine not in self._engines:
+            missing = f"it does not know rollout {engine}" if self._engines else "not started yet"
+            raise WorkerLost(f"restarted, and {missing}")
+        return self._engines[engine]
 
     def _known(self, key: str) -> _Playing:
         if key not in self._playing:

@@ -16,7 +16,9 @@ import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from loopwright.actors.engine import Completion, EngineError, GenerateRequest
+import numpy as np
+
+from loopwright.actors.engine import Completion, EngineError, FinishReason, GenerateRequest
 from loopwright.actors.episode import EngineLost
 
 _GATHER_S = 0.002  # requests of episodes that were answered together go out together
@@ -150,6 +152,11 @@ class PostOffice:
             self._start(self._withdraw(request_id))
         return await box.collect()
 
+    def owes(self, sender: str) -> bool:
+        """Whether there is, or will be, an answer for this sender to fetch."""
+        box = self._boxes.get(sender)
+        return bool(self._serving) or (box is not None and box.full)
+
     def _start(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)
         self._serving.add(task)
@@ -158,6 +165,8 @@ class PostOffice:
     async def _answer(self, request: GenerateRequest, box: "_Box") -> None:
         try:
             answer: Answer = await self._serve(request)
+        except EngineLost:  # it began to leave with this request on the way: to be asked again
+            answer = _nothing_of(request)
         except Exception as error:  # noqa: BLE001 - the boundary: told to its caller
             answer = Refusal(request_id=request.request_id, why=str(error))
         box.put(answer)
@@ -176,6 +185,11 @@ class _Box:
         self._done: list[Answer] = []
         self._changed = asyncio.Event()
         self._newest = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether something waits to be collected."""
+        return bool(self._done)
 
     def put(self, answer: Answer) -> None:
         self._done.append(answer)
@@ -199,3 +213,14 @@ class _Box:
         await asyncio.sleep(0)  # all turns that the same step ended
         done, self._done = self._done, []
         return done
+
+
+def _nothing_of(request: GenerateRequest) -> Completion:
+    """A completion that was cut off before its first token."""
+    return Completion(
+        request_id=request.request_id,
+        token_ids=np.zeros(0, np.int32),
+        logprobs=np.zeros(0, np.float32),
+        versions=np.zeros(0, np.int32),
+        finish_reason=FinishReason.CANCELLED,
+    )

@@ -1,6 +1,6 @@
 """From a configuration to living actors: one table says which process gets what."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from loopwright.envs.protocol import Env, EnvError
 from loopwright.orchestrator import placement
 from loopwright.orchestrator.cluster import connect
 from loopwright.orchestrator.faults import Refused, RestartBudget
-from loopwright.orchestrator.pool import Deadlines, FaultLimits, Pool
+from loopwright.orchestrator.pool import Deadlines, FaultLimits, Pool, Role
 from loopwright.orchestrator.processes import Actor, Cluster, Placement
 from loopwright.orchestrator.ranked_trainer import RankedTrainer
 from loopwright.orchestrator.recorder import Recorder
@@ -41,6 +41,7 @@ class Actors:
     training: Training
     plan: placement.Plan
     watchdog: Watchdog
+    spawn: Mapping[Role, Callable[[int], Actor]]  # one more of a kind, under a number
 
 
 def open_cluster(config: Config, recorder: Recorder) -> Cluster:
@@ -148,27 +149,12 @@ def spawn(
     c = config.cluster
     watchdog = Watchdog(recorder.event, ping_every_s=c.ping_every_s, hang_s=c.hang_timeout_s)
     trainer = _spawn_trainer(cluster, config, model_path, plan, watchdog)
-    engines = [
-        watchdog.watch(_spawn_engine(cluster, config, model_path, plan, i))
-        for i in range(config.rollout.engines)
-    ]
-    settings = WorkerSettings(
-        environment=config.environment.name,
-        options=environment_options(config),
-        tokenizer_path=model_path,
-        memory_share=worker_memory_share(config),
-    )
-    workers = [
-        watchdog.watch(
-            cluster.spawn(
-                f"environment worker {i}",
-                "loopwright.actors.env_worker:EnvWorker",
-                (settings,),
-                Placement(cpus=placement.worker_cpus()),
-            )
-        )
-        for i in range(config.environment.workers)
-    ]
+    spawn: dict[Role, Callable[[int], Actor]] = {
+        "rollout": lambda n: watchdog.watch(_spawn_engine(cluster, config, model_path, plan, n)),
+        "environments": lambda n: watchdog.watch(_spawn_worker(cluster, config, model_path, n)),
+    }
+    engines = [spawn["rollout"](number) for number in range(config.rollout.engines)]
+    workers = [spawn["environments"](number) for number in range(config.environment.workers)]
     training = Training(
         trainer,
         initial=model_path,
@@ -197,7 +183,7 @@ def spawn(
         sampling=sampling,
     )
     watchdog.begin()
-    return Actors(pool=pool, training=training, plan=plan, watchdog=watchdog)
+    return Actors(pool=pool, training=training, plan=plan, watchdog=watchdog, spawn=spawn)
 
 
 def worker_memory_share(config: Config) -> float:
@@ -244,12 +230,12 @@ def _spawn_trainer(
 
 
 def _spawn_engine(
-    cluster: Cluster, config: Config, model_path: str, plan: placement.Plan, index: int
+    cluster: Cluster, config: Config, model_path: str, plan: placement.Plan, number: int
 ) -> Actor:
     r, share = config.rollout, placement.shares(config, plan)
     on_cpu = r.engine == "vllm" and config.model.device == "cpu"
     return cluster.spawn(
-        f"rollout {index}",
+        f"rollout {number}",
         "loopwright.actors.rollout:RolloutActor",
         (r.engine, engine_settings(config, model_path, adapter=plan.channel == "adapter")),
         Placement(
@@ -259,6 +245,21 @@ def _spawn_engine(
             shares_memory=plan.carrier != "collective",
             environment=VLLM_CPU_ENVIRONMENT if on_cpu else {},
         ),
+    )
+
+
+def _spawn_worker(cluster: Cluster, config: Config, model_path: str, number: int) -> Actor:
+    settings = WorkerSettings(
+        environment=config.environment.name,
+        options=environment_options(config),
+        tokenizer_path=model_path,
+        memory_share=worker_memory_share(config),
+    )
+    return cluster.spawn(
+        f"environment worker {number}",
+        "loopwright.actors.env_worker:EnvWorker",
+        (settings,),
+        Placement(cpus=placement.worker_cpus(), plays=True),
     )
 
 

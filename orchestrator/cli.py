@@ -110,6 +110,7 @@ def _add_modules(commands: Any) -> None:
         ledger_command,
         plan_command,
         replay_command,
+        scale_command,
         submit,
     )
 
@@ -117,6 +118,7 @@ def _add_modules(commands: Any) -> None:
         ("envs", envs_command, False, "list, describe and play environments"),
         ("plan", plan_command, True, "memory and time of a configuration, before it is started"),
         ("submit", submit, True, "run on a Ray cluster, as a job"),
+        ("scale", scale_command, False, "more or fewer engines and workers in a running run"),
         ("ledger", ledger_command, False, "verify, summarise and export a run's ledger"),
         ("replay", replay_command, False, "take recorded steps again; where a number came from"),
     ):
@@ -212,6 +214,12 @@ def _submit(arguments: argparse.Namespace) -> int:
     return submit.execute(arguments)
 
 
+def _scale(arguments: argparse.Namespace) -> int:
+    from loopwright.orchestrator import scale_command
+
+    return scale_command.execute(arguments)
+
+
 def _ledger(arguments: argparse.Namespace) -> int:
     from loopwright.orchestrator import ledger_command
 
@@ -244,6 +252,7 @@ _COMMANDS = {
     "envs": _envs,
     "ledger": _ledger,
     "replay": _replay,
+    "scale": _scale,
     "submit": _submit,
     "plan": _plan,
     "doctor": _doctor,

@@ -12,7 +12,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from loopwright.actors.episode import EngineLost
 from loopwright.orchestrator.faults import ActorGone, ActorLost, DeadlinePassed, RunError
 from loopwright.orchestrator.inspection import Home, home
 from loopwright.orchestrator.processes import Actor, Cluster, Placement, load_target
-from loopwright.orchestrator.resources import Needs, Resources
+from loopwright.orchestrator.resources import ENVIRONMENT_NODES, Needs, Resources
 from loopwright.orchestrator.trackers import Tracker
 
 ROOT = str(
@@ -35,6 +36,7 @@ ROOT = str(
 
 
 _PATIENCE_S = 3.0  # a job that has just ended may still hold its CPUs
+Ended = Callable[["RayActor"], None]
 
 
 class RayGenerate:
@@ -73,13 +75,118 @@ class RayGenerate:
             raise EngineLost(f"{self._name}: {type(error).__name__}") from None
 
 
+class Places:
+    """Room on the cluster for each actor: a bundle of what was reserved before the start, or, for
+    those that join later, a reservation of its own, which an autoscaler sees as a wish."""
+
+    def __init__(self, reserved: Any, bundles: Sequence[Mapping[str, float]]) -> None:
+        """`reserved` is a placement group with these bundles; the first is for all that share
+        memory."""
+        self.reserved = reserved
+        self._free = [(b.get("CPU", 0.0), b.get("GPU", 0.0)) for b in bundles]
+        self._own: list[Any] = []  # placement groups
+
+    def take(self, placement: Placement) -> "Place":
+        """A place, which may have to wait for room (`Place.lack`)."""
+        wanted = (placement.cpus, placement.gpus)
+        for index, free in enumerate(self._free):
+            left = (free[0] - wanted[0], free[1] - wanted[1])
+            shared = index == 0 and placement.shares_memory and min(left) > -1e-6
+            if shared or (index > 0 and not placement.shares_memory and free == wanted):
+                self._free[index] = left
+                return Place(self.reserved, index, wanted)
+        return self._make(placement)
+
+    def _make(self, placement: Placement) -> "Place":
+        import ray
+
+        wanted = {"CPU": placement.cpus, "GPU": placement.gpus}
+        bundle = {name: amount for name, amount in wanted.items() if amount}
+        where = "no node"
+        if placement.plays and ENVIRONMENT_NODES in ray.cluster_resources():
+            bundle[ENVIRONMENT_NODES] = 0.001
+        if placement.shares_memory:
+            node = self._node_of_the_trainer()
+            bundle[f"node:{node}"] = 0.001
+            where = f"with rollout.channel = 'collective' any node would do; the trainer's, {node},"
+        group = ray.util.placement_group([bundle], strategy="PACK")
+        self._own.append(group)
+        return Place(group, 0, (placement.cpus, placement.gpus), where)
+
+    def _node_of_the_trainer(self) -> str:
+        import ray
+
+        (identity, *_) = _bundle_nodes(self.reserved).values()
+        found = [n["NodeManagerAddress"] for n in ray.nodes() if n["NodeID"] == identity]
+        if not found:
+            raise RunError("the trainer's node is lost: an engine beside it has no place")
+        return str(found[0])
+
+    def give_back(self, place: "Place") -> None:
+        """Its actor has ended."""
+        import ray
+
+        if place.group is self.reserved:
+            cpus, gpus = self._free[place.index]
+            self._free[place.index] = (cpus + place.wanted[0], gpus + place.wanted[1])
+        else:
+            self._own.remove(place.group)
+            ray.util.remove_placement_group(place.group)
+
+    def close(self) -> None:
+        """Give all of it back to the cluster."""
+        import ray
+
+        for group in [self.reserved, *self._own]:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.util.remove_placement_group(group)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """The bundle of a placement group that one actor has."""
+
+    group: Any  # ray.util.placement_group.PlacementGroup
+    index: int
+    wanted: tuple[float, float]  # CPUs, GPUs
+    where: str = "no node"
+
+    def lack(self) -> str:
+        """What is missing while no node holds the bundle, also after its node was lost."""
+        if _bundle_nodes(self.group)[self.index]:
+            return ""
+        cpus, gpus = self.wanted
+        asked = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
+        return f"{self.where} has no room for {asked} ({_room()})"
+
+
+def _bundle_nodes(group: Any) -> dict[int, str]:
+    """Bundle -> id of the node that holds it, empty where none does."""
+    import ray
+
+    nodes: dict[int, str] = ray.util.placement_group_table(group)["bundles_to_node_id"]
+    return nodes
+
+
 class RayActor:
     """A Ray actor and the rules for talking to it: a deadline on each call, a method never run
     twice."""
 
-    def __init__(self, name: str, handle: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        handle: Any,
+        place: Place | None = None,
+        booked: tuple[float, float] = (0.0, 0.0),
+        ended: Ended | None = None,
+    ) -> None:
+        """`place` is None on a Ray of the run's own, where (CPUs, GPUs) are `booked`. `ended` is
+        told of its end."""
         self.name = name
         self.handle = handle
+        self.place = place
+        self.booked = booked
+        self._ended = ended
 
     async def call(self, method: str, *args: Any, timeout_s: float, waiting_for: str) -> Any:
         """As `Actor.call`."""
@@ -116,6 +223,17 @@ class RayActor:
 
         with contextlib.suppress(ray.exceptions.RayError, ValueError):
             ray.kill(self.handle, no_restart=True)
+        if self._ended is not None:
+            self._ended(self)
+
+    async def lacks(self) -> str:
+        """Asked of Ray's head, within `_PATIENCE_S`; a head that is silent is no lack of room."""
+        if self.place is None:
+            return ""
+        try:
+            return await asyncio.wait_for(asyncio.to_thread(self.place.lack), _PATIENCE_S)
+        except TimeoutError:
+            return ""
 
     async def home(self, *, timeout_s: float) -> Home:
         """As `Actor.home`."""
@@ -198,7 +316,7 @@ class RayCluster:
         os.environ.setdefault("RAY_DEDUP_LOGS", "1")
         self._owned = False
         self._actors: list[RayActor] = []
-        self._reserved: Any = None  # ray.util.placement_group.PlacementGroup of a found cluster
+        self._places: Places | None = None  # on a found cluster
         logging.getLogger("ray").setLevel(logging.WARNING)
         if address in ("auto", "local"):
             found = address == "auto" and _running_address()
@@ -221,10 +339,10 @@ class RayCluster:
         self.resources = Resources.of_nodes(ray.nodes())
         if self._owned:
             self.resources = Resources.of_this_machine(cpus)
-        needs = needs_of(self.resources)
-        self._elsewhere = iter(range(1, len(needs.bundles)))  # bundles not yet used
         if not self._owned:
-            self._reserve(needs, timeout_s, say)
+            self._reserve(needs_of(self.resources), timeout_s, say)
+        has = ray.cluster_resources()
+        self._unbooked = (has.get("CPU", 0.0), has.get("GPU", 0.0))
         where = "started here" if self._owned else "found"
         self.description = f"Ray {ray.__version__}, {where}, {_resources(ray.cluster_resources())}"
 
@@ -233,11 +351,12 @@ class RayCluster:
         import ray
 
         bundles = needs.bundles_on(ray.cluster_resources())
-        self._reserved = ray.util.placement_group(bundles, strategy="PACK")
-        if self._reserved.wait(timeout_seconds=min(_PATIENCE_S, timeout_s)):
+        reserved = ray.util.placement_group(bundles, strategy="PACK")
+        self._places = Places(reserved, bundles)
+        if reserved.wait(timeout_seconds=min(_PATIENCE_S, timeout_s)):
             return
         say(f"waiting up to {timeout_s:g} s for {needs}; {_room()}")
-        if not self._reserved.wait(timeout_seconds=max(timeout_s - _PATIENCE_S, 0)):
+        if not reserved.wait(timeout_seconds=max(timeout_s - _PATIENCE_S, 0)):
             room = _room()
             self.shutdown()
             raise RunError(
@@ -263,26 +382,46 @@ class RayCluster:
             variables["PYTHONPATH"] = os.pathsep.join(
                 [ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
             )
+        place = self._places.take(placement) if self._places is not None else None
+        booked = place.wanted if place is not None else self._book(placement)
         options: dict[str, Any] = {
-            "num_cpus": placement.cpus,
-            "num_gpus": placement.gpus,
+            "num_cpus": booked[0],
+            "num_gpus": booked[1],
             "max_restarts": -1,
             "max_task_retries": 0,
             "runtime_env": {"env_vars": variables},
         }
-        if self._reserved is not None:
+        if place is not None:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
-                self._reserved,
-                placement_group_bundle_index=0
-                if placement.shares_memory
-                else next(self._elsewhere),
+                place.group, placement_group_bundle_index=place.index
             )
         cls = load_target(target)
         if not _is_asynchronous(cls):
             options["max_concurrency"] = 3  # a ping is answered during a long step and a resend
-        actor = RayActor(name, ray.remote(cls).options(**options).remote(*args))
+        handle = ray.remote(cls).options(**options).remote(*args)
+        actor = RayActor(name, handle, place, booked, self._ended)
         self._actors.append(actor)
         return actor
+
+    def _book(self, placement: Placement) -> tuple[float, float]:
+        """The (CPUs, GPUs) to book on a Ray of the run's own. What joins beyond its CPUs shares
+        them: such a Ray always has room, but for GPUs."""
+        cpus, gpus = self._unbooked
+        if gpus < placement.gpus:
+            raise RunError(f"this machine has {gpus:g} GPUs left, {placement.gpus:g} needed")
+        booked = (placement.cpus if placement.cpus <= cpus else 0.0, placement.gpus)
+        self._unbooked = (cpus - booked[0], gpus - booked[1])
+        return booked
+
+    def _ended(self, actor: RayActor) -> None:
+        if actor not in self._actors:
+            return
+        self._actors.remove(actor)
+        if self._places is not None and actor.place is not None:
+            self._places.give_back(actor.place)
+        else:
+            cpus, gpus = self._unbooked
+            self._unbooked = (cpus + actor.booked[0], gpus + actor.booked[1])
 
     def tracker(self, run_name: str) -> Tracker:
         """Ray's own Prometheus endpoint."""
@@ -296,9 +435,8 @@ class RayCluster:
             with contextlib.suppress(ray.exceptions.RayError, ValueError):
                 ray.kill(actor.handle, no_restart=True)
         self._actors.clear()
-        if self._reserved is not None:
-            with contextlib.suppress(ray.exceptions.RayError):
-                ray.util.remove_placement_group(self._reserved)
+        if self._places is not None:
+            self._places.close()
         ray.shutdown()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from loopwright.actors.engine import Completion, GenerateRequest
 from loopwright.actors.env_worker import EngineClient
+from loopwright.actors.episode import EngineLost
 from loopwright.orchestrator.faults import DeadlinePassed
 from loopwright.orchestrator.inspection import Home, home
 from loopwright.orchestrator.processes import Actor, Placement, load_target
@@ -48,6 +49,10 @@ class InProcessActor:
         """This process."""
         return home()
 
+    async def lacks(self) -> str:
+        """Nothing: this process is there."""
+        return ""
+
     def generate_client(self) -> EngineClient:
         """The object's own `generate`, whichever object that is at the time."""
         return InProcessGenerate(self)
@@ -65,12 +70,16 @@ class InProcessGenerate:
     actor: InProcessActor
 
     async def __call__(self, request: GenerateRequest) -> Completion:
-        """One completion."""
+        """One completion. Raises `EngineLost` where the actor was ended."""
+        if self.actor.held is None:
+            raise EngineLost(f"{self.actor.name}: it has left the run")
         completion: Completion = await self.actor.held.generate(request)
         return completion
 
     async def cancel(self, request_id: str) -> bool:
         """End a request early."""
+        if self.actor.held is None:
+            raise EngineLost(f"{self.actor.name}: it has left the run")
         cancelled: bool = await self.actor.held.cancel(request_id)
         return cancelled
 

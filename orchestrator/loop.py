@@ -11,7 +11,7 @@
 Who unblocks whom: `sample` waits in `admit` for a ticket, which `release` frees; `train` waits in
 `take` for the oldest groups, which `sample` fulfils; `release` follows `publish`, so whatever a
 ticket samples is at most `max_lag` versions old when it is trained on (buffer.py). Synchronous
-training is `max_lag = 0`, the same code.
+training is `max_lag = 0`, the same code. `room` holds as many groups as keep the engines busy.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ async def train(run: Parts) -> None:
     group."""
     async with asyncio.TaskGroup() as tasks:
         background = [tasks.create_task(sample(run)) for _ in range(run.samplers)]
-        background.append(tasks.create_task(run.pool.watch()))
+        background.append(tasks.create_task(run.watch()))
         try:
             while (step := run.buffer.version + 1) <= run.steps:
                 groups = await run.take(step)
@@ -47,6 +47,7 @@ async def train(run: Parts) -> None:
 async def sample(run: Parts) -> None:
     """Admit a ticket, play its group, fulfil it; for ever."""
     while True:
-        ticket = await run.buffer.admit()
-        group = await run.play_group(ticket)
-        await run.buffer.fulfil(group)
+        async with run.room:
+            ticket = await run.buffer.admit()
+            group = await run.play_group(ticket)
+            await run.buffer.fulfil(group)

@@ -56,12 +56,16 @@ class Member:
 
     actor: Actor
     throttle: Throttle | None = None
+    number: int = 0  # among those of its kind; another may have had it before
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     episodes: int = 0
     of: Counter[str] = field(default_factory=Counter)  # episodes by environment, where that counts
     stats: EngineStats | None = None
     pid: int = 0
     life: int = 0  # how often it was lost; a late report about a former life is no news
+    introduced: bool = True  # every worker knows it
+    leaving: bool = False  # it gets no more episodes, and is not brought back
+    empty: asyncio.Event = field(default_factory=asyncio.Event)  # it is leaving, and has none left
 
     @property
     def key(self) -> str:
@@ -72,7 +76,12 @@ class Member:
     def has_seat(self) -> bool:
         """Whether it can take one more episode."""
         full = self.throttle is not None and self.episodes >= self.throttle.limit
-        return self.ready.is_set() and not full
+        return self.serving and not full
+
+    @property
+    def serving(self) -> bool:
+        """Whether it counts on."""
+        return self.ready.is_set() and not self.leaving
 
 
 class Recover(Protocol):
@@ -115,6 +124,8 @@ class Seats:
         """The episode is over, or goes elsewhere."""
         member.episodes -= 1
         member.of[environment] -= 1
+        if member.leaving and not member.episodes:
+            member.empty.set()
         self.changed()
 
     def changed(self) -> None:

@@ -5,6 +5,7 @@ import asyncio
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from loopwright.orchestrator.groups import Groups
 from loopwright.orchestrator.ledger import Ledger, LedgerError
 from loopwright.orchestrator.pool import Pool
 from loopwright.orchestrator.recorder import Recorder
+from loopwright.orchestrator.room import Room
+from loopwright.orchestrator.scaling import Scaling
 from loopwright.orchestrator.tasks import TaskStream
 from loopwright.orchestrator.training import Training
 from loopwright.orchestrator.watchdog import Watchdog
@@ -33,7 +36,7 @@ class Parts:
 
     folder: Path
     steps: int
-    samplers: int  # groups played at the same time
+    samplers: int  # groups played at the same time, at most
     advantage: str
     drop_below: float
     step_timeout_s: float
@@ -53,6 +56,8 @@ class Parts:
     ledger: Ledger
     recorder: Recorder
     by_turns: bool = False  # trainer and engines share a device
+    room: Room = field(default_factory=lambda: Room(sys.maxsize))  # for groups being played
+    scaling: Scaling | None = None  # who is told how many of whom there are to be
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     report: BatchReport | None = None
     started: float = field(default_factory=time.monotonic)
@@ -108,6 +113,13 @@ class Parts:
         self.recorder.unused(unused)
         assert self.report is not None, "batch comes first"
         self.recorder.step(step, self.report, groups, self.pool, self.buffer)
+
+    async def watch(self) -> None:
+        """For ever: look after everyone, and let actors join and leave as asked."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.pool.watch())
+            if self.scaling is not None:
+                tasks.create_task(self.scaling.watch())
 
     async def play_group(self, ticket: int) -> Group:
         """All rollouts of a ticket's task that its step waits for."""

@@ -70,6 +70,16 @@ def needs(config: Config, has: Resources) -> Needs:
     )
 
 
+def fixed_sizes(config: Config, chosen: Plan) -> dict[Any, str]:
+    """The roles that cannot be scaled while the run goes on, and why."""
+    if chosen.colocated and config.model.device == "cuda":
+        return {
+            "rollout": "rollout: engines take turns with the trainer on one GPU, which is shared "
+            "out at the start: stop the run, and go on with --resume --set rollout.engines=N"
+        }
+    return {}
+
+
 def worker_cpus() -> float:
     """Of one environment worker."""
     return _WORKER_CPUS

@@ -6,23 +6,23 @@ ready.
 """
 
 import asyncio
+import contextlib
 import zlib
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from loopwright.actors.engine import EngineStats, OnUpdate, UpdateReport
-from loopwright.actors.env_worker import EpisodeOrder
+from loopwright.actors.env_worker import EpisodeOrder, WorkerLost
 from loopwright.actors.episode import EngineLost, EpisodeLimits
-from loopwright.actors.weights import ChannelLost, WeightManifest
+from loopwright.actors.weights import WeightManifest
 from loopwright.algorithms.records import Outcome, Rollout, decode
 from loopwright.envs.protocol import Task, encode_task
-from loopwright.orchestrator.delivery import Delivery, Event, Resend
+from loopwright.orchestrator.delivery import Delivery, Event, Resend, WeightsNotProven
 from loopwright.orchestrator.faults import (
-    ActorGone,
     ActorLost,
     DeadlinePassed,
     RestartBudget,
@@ -33,8 +33,10 @@ from loopwright.orchestrator.processes import Actor, first_exception
 from loopwright.orchestrator.relief import Relief
 from loopwright.orchestrator.sampling_record import Episode, SamplingRecord
 from loopwright.orchestrator.seating import Seating
+from loopwright.orchestrator.upbringing import until_up
 
 T = TypeVar("T")
+Role = Literal["rollout", "environments"]  # the two kinds of members
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,10 +81,10 @@ class Pool:
         adapts to its KV cache; 0: as many as come. `most_of`: environment -> episodes of it that
         one worker plays at once. `sampling` takes down what a replay needs."""
         self._sampling = sampling
-        self._engines = [
-            Member(actor, Throttle(most_episodes) if most_episodes else None) for actor in engines
-        ]
-        self._workers = [Member(actor) for actor in workers]
+        self._most_episodes = most_episodes
+        self._engines = [self._engine(actor, number) for number, actor in enumerate(engines)]
+        self._workers = [Member(actor, number=number) for number, actor in enumerate(workers)]
+        self._joined = 0  # engines since the start: who starts meanwhile has to be told
         self._engine_seats = Seats(self._engines)
         self._worker_seats = Seats(self._workers, most_of)
         self._seating = Seating(
@@ -128,9 +130,13 @@ class Pool:
         """How often an episode went on after its engine was lost."""
         return self._seating.resumed
 
-    def engine_stats(self) -> list[EngineStats]:
-        """The newest counters of each engine that has answered."""
-        return [m.stats for m in self._engines if m.stats is not None]
+    def engine_stats(self) -> dict[int, EngineStats]:
+        """The newest counters of each engine that has answered, by its number."""
+        return {m.number: m.stats for m in self._engines if m.stats is not None}
+
+    def members_of(self, role: Role) -> list[Member]:
+        """Who is there of a kind, without those that leave."""
+        return [m for m in self._of(role) if not m.leaving]
 
     async def start(self, manifest: WeightManifest) -> list[UpdateReport]:
         """Bring everyone up, side by side, and give the engines their first weights."""
@@ -140,6 +146,11 @@ class Pool:
         )
         return await self.publish(manifest)
 
+    @property
+    def version(self) -> int:
+        """What was published last."""
+        return self._delivery.version
+
     def members(self) -> tuple[str, ...]:
         """The engines that the next publish goes to, each with its life: a restarted one counts as
         another."""
@@ -147,7 +158,7 @@ class Pool:
 
     async def sleep(self) -> None:
         """All engines stand still and give back their KV, until the next publish."""
-        await self._delivery.sleep(lambda: [m for m in self._engines if m.ready.is_set()])
+        await self._delivery.sleep(lambda: [m for m in self._engines if m.serving])
 
     async def publish(self, manifest: WeightManifest) -> list[UpdateReport]:
         """Every engine takes the weights and proves it. An engine that dies meanwhile is restarted
@@ -156,7 +167,7 @@ class Pool:
 
     async def probe(self, token_ids: np.ndarray) -> dict[str, np.ndarray]:
         """Engine by name -> its logprobs [T-1] of given tokens [T]."""
-        engines = [m for m in self._engines if m.ready.is_set()]
+        engines = [m for m in self._engines if m.serving]
         found = await first_exception(
             *(
                 m.actor.call(
@@ -208,6 +219,57 @@ class Pool:
                 or environment_faults > self._faults.retries
             ):
                 return rollout, encoded
+
+    def join(self, role: Role, spawn: Callable[[int], Actor]) -> Member:
+        """One more, under the lowest free number. An engine serves once every worker knows it and
+        it holds the current weights, a worker once it has started."""
+        taken = {m.number for m in self._of(role)}
+        number = next(n for n in range(len(taken) + 1) if n not in taken)
+        actor = spawn(number)
+        member = Member(actor, number=number)
+        if role == "rollout":
+            member = self._engine(actor, number)
+            member.introduced = False
+            self._joined += 1
+        self._of(role).append(member)
+        self._bring(member, "actor_joined")
+        return member
+
+    async def leave(self, member: Member) -> None:
+        """One fewer. An engine's episodes go on on others from the tokens they have; a worker's are
+        played to their end, since their worlds are there. Then its process is ended."""
+        began = asyncio.get_running_loop().time()
+        member.leaving, is_engine = True, member in self._engines
+        member.life += 1
+        if (bringing := self._recovering.get(member)) is not None:
+            bringing.cancel()
+        episodes, cut = member.episodes, 0
+        if is_engine and member.ready.is_set():
+            cut = await self._parting(member, "retire", "it to hand over its episodes") or 0
+        if member.episodes:
+            # a worker's end by their own deadlines; an engine that is silent is left by them later
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._deadlines.hang_s if is_engine else None):
+                    await member.empty.wait()
+        if member.ready.is_set():
+            await self._parting(member, "close", "it to close")
+        self._forget(member)
+        seconds = round(asyncio.get_running_loop().time() - began, 3)
+        name = member.actor.name
+        self._event("actor_left", actor=name, episodes=episodes, turns_cut=cut, seconds=seconds)
+
+    async def _parting(self, member: Member, method: str, waiting_for: str) -> Any:
+        """Ask one that leaves; None if it does not answer, for it is ended all the same."""
+        with contextlib.suppress(ActorLost, DeadlinePassed, EngineLost):
+            return await member.actor.call(
+                method, timeout_s=self._deadlines.hang_s, waiting_for=waiting_for
+            )
+
+    def _forget(self, member: Member) -> None:
+        member.leaving = True
+        member.ready.clear()
+        member.actor.end()
+        (self._engines if member in self._engines else self._workers).remove(member)
 
     async def watch(self) -> None:
         """Ping everyone for ever: finds deaths that nobody's call runs into, and hangs that nothing
@@ -268,7 +330,7 @@ class Pool:
 
     def _recover(self, member: Member, why: str, *, kill: bool = False, lost: bool = True) -> None:
         """As `Recover`."""
-        if member in self._recovering or self._broken.done():
+        if member in self._recovering or self._broken.done() or member.leaving:
             return
         member.ready.clear()
         member.life += 1
@@ -279,47 +341,81 @@ class Pool:
             except RunError as error:
                 self._break(error)
                 return
-        task = asyncio.get_running_loop().create_task(self._bring_back(member, kill))
+        self._bring(member, "actor_back", kill=kill)
+
+    def _bring(self, member: Member, told: str, *, kill: bool = False) -> None:
+        """Begin to bring it up; `told` is the event once it is."""
+        task = asyncio.get_running_loop().create_task(self._bring_up(member, told, kill))
         self._recovering[member] = task
-        task.add_done_callback(lambda done: self._recovered(member, done))
+        joins = told == "actor_joined"
+        task.add_done_callback(lambda done: self._recovered(member, done, joins=joins))
 
-    def _recovered(self, member: Member, done: "asyncio.Task[None]") -> None:
+    def _recovered(self, member: Member, done: "asyncio.Task[None]", *, joins: bool) -> None:
         self._recovering.pop(member, None)
-        if not done.cancelled() and (error := done.exception()) is not None:
+        if done.cancelled() or (error := done.exception()) is None:
+            return
+        if not joins or isinstance(error, WeightsNotProven):
             self._break(error if isinstance(error, Exception) else RunError(str(error)))
+            return
+        # nobody depends on it yet: the run goes on without it
+        self._forget(member)
+        text = f"{member.actor.name} did not join: {error}"
+        self._event("actor_not_joined", actor=member.actor.name, text=text)
 
-    async def _bring_back(self, member: Member, kill: bool) -> None:
+    async def _bring_up(self, member: Member, told: str, kill: bool) -> None:
         started = asyncio.get_running_loop().time()
         if kill:
             await member.actor.restart()
         start = self._refill_engine if member in self._engines else self._start_worker
-        try:
-            async with asyncio.timeout(self._deadlines.start_s):
-                await self._until_it_answers(start, member)
-        except TimeoutError:
-            raise DeadlinePassed(
-                f"{member.actor.name}: lost, and not back within {self._deadlines.start_s:g} s; "
-                "look into its log, or raise cluster.start_timeout_s"
-            ) from None
+        await until_up(
+            member.actor,
+            lambda: start(member),
+            start_s=self._deadlines.start_s,
+            others=lambda: self._others(member),
+            waits=lambda lack: self._waits(member, lack),
+        )
         seconds = asyncio.get_running_loop().time() - started
-        self._event("actor_back", actor=member.actor.name, seconds=round(seconds, 3))
+        self._event(told, actor=member.actor.name, seconds=round(seconds, 3))
 
-    async def _until_it_answers(
-        self, start: Callable[[Member], Awaitable[None]], member: Member
-    ) -> None:
-        """While an actor restarts, calls fail with `ActorLost` once or twice; later ones wait for
-        it."""
-        while True:
-            try:
-                return await start(member)
-            except ActorGone:
-                raise
-            except (ActorLost, EngineLost, ChannelLost):
-                await asyncio.sleep(0.2)
+    def _waits(self, member: Member, lack: str) -> None:
+        name, others = member.actor.name, self._others(member)
+        text = f"{name} waits: {lack}; the run goes on with {others} of its kind"
+        self._event("actor_waits", actor=name, text=text)
+
+    def _others(self, member: Member) -> int:
+        """How many of its kind serve."""
+        kind = self._engines if member in self._engines else self._workers
+        return sum(m.serving for m in kind if m is not member)
+
+    def _of(self, role: Role) -> list[Member]:
+        return self._engines if role == "rollout" else self._workers
+
+    def _engine(self, actor: Actor, number: int) -> Member:
+        throttle = Throttle(self._most_episodes) if self._most_episodes else None
+        return Member(actor, throttle, number)
 
     async def _refill_engine(self, member: Member) -> None:
         await self._start_engine(member)
+        if not member.introduced:
+            await self._introduce(member)
         await self._delivery.refill(member)
+
+    async def _introduce(self, engine: Member) -> None:
+        """Let every worker know an engine that joins; one that is starting learns of all."""
+        client = engine.actor.generate_client()
+        for worker in [m for m in self._workers if m.ready.is_set()]:
+            life = worker.life
+            try:
+                await worker.actor.call(
+                    "meet",
+                    {engine.number: client},
+                    timeout_s=self._deadlines.hang_s,
+                    waiting_for=f"it to meet {engine.actor.name}",
+                )
+            except (ActorLost, DeadlinePassed, WorkerLost) as error:
+                if life == worker.life:
+                    self._recover(worker, str(error), kill=isinstance(error, DeadlinePassed))
+        engine.introduced = True
 
     async def _start_engine(self, member: Member) -> None:
         pid = await member.actor.call(
@@ -328,14 +424,16 @@ class Pool:
         self._up(member, pid)
 
     async def _start_worker(self, member: Member) -> None:
-        clients = [m.actor.generate_client() for m in self._engines]
-        pid = await member.actor.call(
-            "start",
-            clients,
-            timeout_s=self._deadlines.start_s,
-            waiting_for="environment worker to start",
-        )
-        self._up(member, pid)
+        known = -1
+        while known != self._joined:  # again where an engine joined meanwhile
+            known = self._joined
+            pid = await member.actor.call(
+                "start",
+                {m.number: m.actor.generate_client() for m in self._engines},
+                timeout_s=self._deadlines.start_s,
+                waiting_for="environment worker to start",
+            )
+            self._up(member, pid)
         member.ready.set()
         self._worker_seats.changed()
 
@@ -350,10 +448,14 @@ class Pool:
             self._event("actor_up", actor=member.actor.name, pid=pid)
 
     def _taking_part(self) -> list[Member]:
-        return [m for m in self._engines if m.ready.is_set() or m not in self._recovering]
+        return [
+            m
+            for m in self._engines
+            if not m.leaving and (m.ready.is_set() or m not in self._recovering)
+        ]
 
     async def _ping(self, member: Member) -> None:
-        if not member.ready.is_set():
+        if not member.serving:
             return
         life = member.life
         try:

@@ -24,6 +24,7 @@ class Placement:
     threads: int = 1
     environment: Mapping[str, str] = field(default_factory=dict)
     shares_memory: bool = False  # with all others that do: they run on one node
+    plays: bool = False  # environments: on the nodes set aside for them, if there are any
 
 
 class Actor(Protocol):
@@ -48,6 +49,10 @@ class Actor(Protocol):
         """Where its process lives, asked of itself; raises as `call`."""
         ...
 
+    async def lacks(self) -> str:
+        """What the cluster lacks to run its process; empty where it has a place."""
+        ...
+
     def generate_client(self) -> EngineClient:
         """A picklable callable that asks this rollout actor for a turn; raises `EngineLost` when it
         is gone."""
@@ -62,7 +67,8 @@ class Cluster(Protocol):
     alone: bool  # it is this machine and no other
 
     def spawn(self, name: str, target: str, args: tuple[Any, ...], placement: Placement) -> Actor:
-        """Start `module:Class` as an actor; returns before its constructor has run."""
+        """Start `module:Class` as an actor; returns before its constructor has run, or there is
+        room for it."""
         ...
 
     def tracker(self, run_name: str) -> Tracker | None:

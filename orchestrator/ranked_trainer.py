@@ -79,6 +79,11 @@ class RankedTrainer:
         """Rank 0's."""
         return await self._ranks[0].home(timeout_s=timeout_s)
 
+    async def lacks(self) -> str:
+        """What the first rank without a place lacks."""
+        found = await asyncio.gather(*(rank.lacks() for rank in self._ranks))
+        return next(filter(None, found), "")
+
     def generate_client(self) -> EngineClient:
         """A trainer generates nothing."""
         raise RunError("the trainer was asked for a turn: only rollout actors generate")

@@ -312,7 +312,7 @@ class Recorder:
 
     def _engines(self, pool: Pool) -> dict[str, float]:
         metrics: dict[str, float] = {}
-        for index, stats in enumerate(pool.engine_stats()):
+        for index, stats in sorted(pool.engine_stats().items()):
             before = self._last_stats.get(index)
             if before is not None and stats.uptime_s > before.uptime_s:
                 seconds = stats.uptime_s - before.uptime_s

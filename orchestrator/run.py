@@ -25,10 +25,13 @@ from loopwright.orchestrator.loop import train
 from loopwright.orchestrator.parity import check_parity
 from loopwright.orchestrator.parts import Parts, checkpoints, read_run_state
 from loopwright.orchestrator.picture import draw
+from loopwright.orchestrator.placement import fixed_sizes
 from loopwright.orchestrator.processes import Cluster
 from loopwright.orchestrator.recorder import Recorder, write_json
 from loopwright.orchestrator.resume import refuse_changes
+from loopwright.orchestrator.room import Room
 from loopwright.orchestrator.sampling_record import SamplingRecord
+from loopwright.orchestrator.scaling import Scaling, as_reached
 from loopwright.orchestrator.tasks import TaskStream
 from loopwright.orchestrator.trackers import Trackers, open_trackers
 
@@ -56,6 +59,9 @@ async def run(loaded: Loaded, *, resume: bool) -> Ended:
     config = loaded.config
     env = assembly.build_environment(config)
     assembly.draws(config, env, {})  # refuses bad sampler options before anything is made
+    if resume:
+        loaded = as_reached(loaded, run_folder(config))
+        config = loaded.config
     folder = prepare_folder(loaded, resume)
     whole = checkpoints(folder) if resume else []
     state = read_run_state(whole[-1][1]) if whole else None
@@ -234,8 +240,11 @@ def _parts(
         consumed=ledger.state.consumed(version),
         planned=ledger.state.planned(version),
     )
-    # one more, so that no engine runs dry
-    at_once = -(-r.engines * r.concurrency // r.group_size) + 1
+    room = Room(_groups_at_once(config, r.engines))
+
+    async def engines_up(count: int) -> None:
+        await room.resize(_groups_at_once(config, count))
+
     source = warm_start.source_of(env)
     stream = TaskStream(
         source,
@@ -247,7 +256,7 @@ def _parts(
     return Parts(
         folder=folder,
         steps=run_.steps,
-        samplers=min(schedule.outstanding, at_once),
+        samplers=schedule.outstanding,
         advantage=config.algorithm.advantage,
         drop_below=assembly.drop_below(config),
         step_timeout_s=config.cluster.step_timeout_s,
@@ -279,7 +288,22 @@ def _parts(
         by_turns=actors.plan.colocated,
         ledger=ledger,
         recorder=recorder,
+        room=room,
+        scaling=Scaling(
+            folder,
+            actors.pool,
+            spawn=actors.spawn,
+            fixed=fixed_sizes(config, actors.plan),
+            engines_up=engines_up,
+            event=recorder.event,
+        ),
     )
+
+
+def _groups_at_once(config: Config, engines: int) -> int:
+    """As many as fill the engines, and one more, so that none runs dry."""
+    r = config.rollout
+    return -(-engines * r.concurrency // r.group_size) + 1
 
 
 async def _train(config: Config, parts: Parts) -> Ended:

@@ -52,7 +52,7 @@ class Seating:
             engine = await self._seat(self._engines, order, take_back)
             if engine is None:
                 raise EpisodeTakenBack(_NOT_BEGUN)
-            call: tuple[Any, ...] = ("play", replace(order, engine=self._number(engine)))
+            call: tuple[Any, ...] = ("play", replace(order, engine=engine.number))
             while True:
                 life = engine.life
                 outcome = await self._ask(worker, order, call, waiting_for, take_back)
@@ -68,14 +68,11 @@ class Seating:
                 if engine is None:
                     raise EpisodeTakenBack(await self._hand_back(worker, order.key) or _NOT_BEGUN)
                 self.resumed += 1
-                call = ("go_on", order.key, self._number(engine))
+                call = ("go_on", order.key, engine.number)
         finally:
             if engine is not None:
                 self._engines.leave(engine)
             self._workers.leave(worker, environment)
-
-    def _number(self, engine: Member) -> int:
-        return self._engines.members.index(engine)
 
     async def _ask(
         self,

@@ -25,6 +25,7 @@ from loopwright.orchestrator.faults import (
     RunError,
 )
 from loopwright.orchestrator.processes import Actor
+from loopwright.orchestrator.upbringing import not_back
 
 if TYPE_CHECKING:
     from loopwright.actors.dry_run import DryRun
@@ -185,10 +186,7 @@ class Training:
                     except ActorLost:
                         await asyncio.sleep(0.2)
         except TimeoutError:
-            raise DeadlinePassed(
-                f"{self._actor.name}: lost, and not back within {self._start_s:g} s; look into its "
-                "log, or raise cluster.start_timeout_s"
-            ) from None
+            raise not_back(self._actor, self._start_s, await self._actor.lacks()) from None
 
     async def _ping(self) -> None:
         answer = await self._actor.call(

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -111,12 +111,14 @@ class DrivenRun:
         *overrides: str,
         resume: bool = False,
         variables: Mapping[str, str] | None = None,
+        within: Sequence[str] = (),
     ) -> None:
-        """`variables` are added to the environment of the driver, and so of all it starts."""
+        """`variables` are added to the environment of the driver, and so of all it starts. `within`
+        prefixes the command (a network namespace's)."""
         self.folder = config.parent / "runs" / NAME
         self._mark = f"{config}-{time.monotonic_ns()}"
         self._errors = config.parent / f"errors-{time.monotonic_ns()}.txt"
-        command = [sys.executable, "-m", "orchestrator", "train", str(config)]
+        command = [*within, sys.executable, "-m", "orchestrator", "train", str(config)]
         for override in overrides:
             command += ["--set", override]
         with self._errors.open("w") as errors:

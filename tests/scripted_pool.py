@@ -84,6 +84,8 @@ def engine(index: int = 0, **answers: Any) -> ScriptedActor:
         "start": lambda: 100 + index,
         "update": acknowledged,
         "ping": lambda: stats,
+        "retire": lambda: 0,
+        "close": lambda: None,
     }
     return ScriptedActor(name=f"rollout {index}", answers=usual | answers)
 
@@ -92,6 +94,8 @@ def worker(index: int = 0, play: Play = rollout_of, **answers: Any) -> ScriptedA
     """A worker that plays every episode well, or as `play` says."""
     usual: dict[str, Any] = {
         "start": lambda clients: 200 + index,
+        "meet": lambda clients: None,
+        "close": lambda: None,
         "play": play,
         "ping": lambda: {"pid": 200 + index},
     }
@@ -139,6 +143,7 @@ def pool_of(
     restarts: int = 5,
     retries: int = 2,
     ping_every_s: float = 0.01,
+    start_s: float = 5,
     most_episodes: int = 0,
     most_of: Mapping[str, int] | None = None,
 ) -> Pool:
@@ -146,7 +151,7 @@ def pool_of(
     return Pool(
         list(engines),
         list(workers),
-        deadlines=Deadlines(start_s=5, publish_s=5, ping_every_s=ping_every_s, hang_s=5),
+        deadlines=Deadlines(start_s=start_s, publish_s=5, ping_every_s=ping_every_s, hang_s=5),
         faults=FaultLimits(retries=retries, infra_fault_share=0.2),
         restarts=RestartBudget(restarts),
         on_update="continue",

@@ -99,7 +99,7 @@ def _run(tokenizer: str, scenario: Scenario) -> None:
     async def body() -> None:
         settings = WorkerSettings(environment=WORLD, options={}, tokenizer_path=tokenizer)
         worker, first, second = EnvWorker(settings), HeldEngine(), HeldEngine(2)
-        await worker.start([first, second])
+        await worker.start({0: first, 1: second})
         async with asyncio.timeout(20):
             await scenario(worker, first, second)
         assert (await worker.ping())["playing"] == 0

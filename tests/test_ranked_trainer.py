@@ -108,6 +108,10 @@ class RankActor:
         """Never asked for here."""
         raise AssertionError("end")
 
+    async def lacks(self) -> str:
+        """It has its place."""
+        return ""
+
     def generate_client(self) -> Any:
         """Never asked for here."""
         raise AssertionError("generate")

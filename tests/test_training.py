@@ -60,6 +60,10 @@ class HistoryActor:
         """Never asked for here."""
         raise AssertionError("end")
 
+    async def lacks(self) -> str:
+        """It has its place."""
+        return ""
+
     def generate_client(self) -> Any:
         """A trainer generates nothing."""
         raise AssertionError("nobody asks a trainer to generate")
