@@ -207,7 +207,7 @@ def _spawn_trainer(
                 settings,
                 config.run.name,
                 rank,
-                channel_settings(config, plan, alone=cluster.alone),
+                channel_settings(config, plan, alone=cluster.alone, head=cluster.head),
             ),
             Placement(
                 cpus=config.trainer.threads * share,
@@ -280,8 +280,11 @@ def engine_settings(config: Config, model_path: str, *, adapter: bool = False) -
     )
 
 
-def channel_settings(config: Config, plan: placement.Plan, *, alone: bool) -> ChannelSettings:
-    """How weights travel, of [rollout] and [cluster]. `alone`: the cluster is this machine."""
+def channel_settings(
+    config: Config, plan: placement.Plan, *, alone: bool, head: str = ""
+) -> ChannelSettings:
+    """How weights travel, of [rollout] and [cluster]. `alone`: the cluster is this machine; `head`:
+    the address of the cluster's head."""
     r, options = config.rollout, config.rollout.channel_options
     workers = r.options.get("tensor_parallel_size", 1) if r.engine == "vllm" else 1
     return ChannelSettings(
@@ -290,6 +293,7 @@ def channel_settings(config: Config, plan: placement.Plan, *, alone: bool) -> Ch
         dtype=config.model.dtype,
         device=config.model.device,
         host=placement.host_option(config, alone),
+        head=head,
         bucket_bytes=channel_option(options, "bucket_bytes"),
         timeout_s=config.cluster.publish_timeout_s,
         full_every=channel_option(options, "full_every"),

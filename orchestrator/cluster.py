@@ -336,6 +336,7 @@ class RayCluster:
         else:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         self.alone = self._owned
+        self.head = ray.get_runtime_context().gcs_address.rpartition(":")[0]
         self.resources = Resources.of_nodes(ray.nodes())
         if self._owned:
             self.resources = Resources.of_this_machine(cpus)

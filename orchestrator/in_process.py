@@ -89,6 +89,7 @@ class InProcess:
 
     description = "this process, no Ray"
     alone = True
+    head = ""
 
     def __init__(self) -> None:
         self.resources = Resources.of_this_machine()

@@ -65,6 +65,7 @@ class Cluster(Protocol):
     description: str
     resources: Resources
     alone: bool  # it is this machine and no other
+    head: str  # the address that all its nodes reach; empty where there is none
 
     def spawn(self, name: str, target: str, args: tuple[Any, ...], placement: Placement) -> Actor:
         """Start `module:Class` as an actor; returns before its constructor has run, or there is

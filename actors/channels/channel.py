@@ -314,7 +314,7 @@ def open_channel(
     carrier: Segments | Host = Segments(run_name)
     if settings.carrier == "collective":
         carrier = Host(
-            address=settings.host or own_address(),
+            address=settings.host or own_address(settings.head),
             device=settings.device,
             timeout_s=settings.timeout_s,
             bucket_bytes=settings.bucket_bytes,

@@ -275,11 +275,13 @@ def connect(
     return Chain(store, group, rank, size, address=address, timeout_s=timeout_s)
 
 
-def own_address(towards: str = "192.0.2.1") -> str:
-    """The address of this machine on the way to another one (by default any); nothing is sent."""
+def own_address(towards: str = "") -> str:
+    """The address of this machine on the way to another one, by default one in the wide world;
+    nothing is sent. The way to a peer is there where no other is, and is the right one of
+    several."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((towards, 9))
+            probe.connect((towards or "192.0.2.1", 9))
         except OSError:  # no route: this machine is alone
             return "127.0.0.1"
         return str(probe.getsockname()[0])

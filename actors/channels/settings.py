@@ -17,6 +17,7 @@ class ChannelSettings:
     dtype: str = ""  # floating-point weights are published in it; empty: as they are
     device: str = "cpu"  # where trainer and engines compute
     host: str = "127.0.0.1"  # collective: the trainer's address as engines reach it; "": found
+    head: str = ""  # an address in the network of all engines, to find `host` by; "": any
     bucket_bytes: int = 16 << 20  # collective: bytes of one message
     timeout_s: float = 60.0  # collective: for each wait
     full_every: int = 20  # delta, lowrank_delta: versions from one full publish to the next
