@@ -102,16 +102,19 @@ class Places:
 
         wanted = {"CPU": placement.cpus, "GPU": placement.gpus}
         bundle = {name: amount for name, amount in wanted.items() if amount}
-        where = "no node"
+        lack = "no node has room for"
         if placement.plays and ENVIRONMENT_NODES in ray.cluster_resources():
             bundle[ENVIRONMENT_NODES] = 0.001
         if placement.shares_memory:
             node = self._node_of_the_trainer()
             bundle[f"node:{node}"] = 0.001
-            where = f"with rollout.channel = 'collective' any node would do; the trainer's, {node},"
+            lack = (
+                f"with rollout.channel = 'collective' any node would do, but the trainer's, {node}, "
+                "has no room for"
+            )
         group = ray.util.placement_group([bundle], strategy="PACK")
         self._own.append(group)
-        return Place(group, 0, (placement.cpus, placement.gpus), where)
+        return Place(group, 0, (placement.cpus, placement.gpus), lack)
 
     def _node_of_the_trainer(self) -> str:
         import ray
@@ -149,7 +152,7 @@ class Place:
     group: Any  # ray.util.placement_group.PlacementGroup
     index: int
     wanted: tuple[float, float]  # CPUs, GPUs
-    where: str = "no node"
+    missing: str = "no node has room for"
 
     def lack(self) -> str:
         """What is missing while no node holds the bundle, also after its node was lost."""
@@ -157,7 +160,7 @@ class Place:
             return ""
         cpus, gpus = self.wanted
         asked = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
-        return f"{self.where} has no room for {asked} ({_room()})"
+        return f"{self.missing} {asked} ({_room()})"
 
 
 def _bundle_nodes(group: Any) -> dict[int, str]:

@@ -120,7 +120,7 @@ class Scaling:
         look_every_s: float = _LOOK_EVERY_S,
     ) -> None:
         """`spawn` starts one more of a role under a number. `fixed`: roles that cannot be scaled in
-        this run, and why. `engines_up` is told how many engines have come up, when that changes."""
+        this run, and why. `engines_up` is told how many engines serve, when that changes."""
         self._folder = folder
         self._pool = pool
         self._spawn = spawn
@@ -240,7 +240,7 @@ class Scaling:
 
     async def _keep_count(self) -> None:
         """How many serve: for the loop, and for a run that goes on from here."""
-        up = sum(m.pid > 0 for m in self._pool.members_of("rollout"))
+        up = self._serving("rollout")
         if up != self._up:
             self._up = up
             await self._engines_up(up)

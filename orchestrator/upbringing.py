@@ -30,7 +30,7 @@ async def until_up(
     """
     loop = asyncio.get_running_loop()
     ends, told = loop.time() + start_s, False
-    work = asyncio.ensure_future(_until_it_answers(start))
+    work = _begin(start)
     try:
         while True:
             await asyncio.wait([work], timeout=min(_LOOK_S, max(ends - loop.time(), 0.0)))
@@ -46,9 +46,16 @@ async def until_up(
             elif loop.time() >= ends:
                 raise not_back(actor, start_s, lack)
             if late:
-                work = asyncio.ensure_future(_until_it_answers(start))
+                work = _begin(start)
     finally:
         work.cancel()
+
+
+def _begin(start: Callable[[], Awaitable[None]]) -> "asyncio.Task[None]":
+    work = asyncio.get_running_loop().create_task(_until_it_answers(start))
+    # who is cancelled looks at it no more, and its process may end at that moment
+    work.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return work
 
 
 def not_back(actor: Actor, start_s: float, lack: str) -> DeadlinePassed:

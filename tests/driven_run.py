@@ -149,9 +149,13 @@ class DrivenRun:
         """All events so far, or those of one kind, oldest first."""
         return [e for e in _lines(self.folder / "events.jsonl") if kind in ("", e["kind"])]
 
+    def metrics(self) -> list[dict[str, Any]]:
+        """All of `metrics.jsonl` so far."""
+        return _lines(self.folder / "metrics.jsonl")
+
     def steps(self) -> int:
         """The newest step in `metrics.jsonl`."""
-        return max((int(m["step"]) for m in _lines(self.folder / "metrics.jsonl")), default=0)
+        return max((int(m["step"]) for m in self.metrics()), default=0)
 
     def ledger(self) -> LedgerState:
         """The ledger as it is."""

@@ -72,6 +72,7 @@ def test_a_run_outlives_cuts_and_the_loss_of_a_node(
         "rollout.concurrency=4",
         "run.checkpoint_every=0",
         "cluster.hang_timeout_s=40",
+        "environment.episode_timeout_s=200",
     )
     with ray_nodes(**_CHECKS) as nodes:
         nodes.start_head(cpus=6)
