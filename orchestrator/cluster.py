@@ -109,7 +109,7 @@ class Places:
             node = self._node_of_the_trainer()
             bundle[f"node:{node}"] = 0.001
             lack = (
-                f"with rollout.channel = 'collective' any node would do, but the trainer's, {node}, "
+                f"with rollout.channel = 'collective' any node would do; the trainer's, {node}, "
                 "has no room for"
             )
         group = ray.util.placement_group([bundle], strategy="PACK")
