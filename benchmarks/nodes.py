@@ -128,7 +128,7 @@ def measure(folder: Path) -> dict[str, Row]:
         nodes.start_head(cpus=6)
         nodes.start_worker(cpus=2)
         with DrivenRun(
-            config, *overrides, within=nodes.within("a"), environment=nodes.environment
+            config, *overrides, within=nodes.within("a"), variables=nodes.environment
         ) as run:
             run.wait("step 3", lambda: run.steps() >= 3, LONG_S)
             seen["link cut for 20 s"] = finished(run)

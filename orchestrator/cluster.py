@@ -12,8 +12,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,9 @@ from loopwright.actors.envelopes import Answer, Envelope, Mailbox
 from loopwright.actors.episode import EngineLost
 from loopwright.orchestrator.faults import ActorGone, ActorLost, DeadlinePassed, RunError
 from loopwright.orchestrator.inspection import Home, home
+from loopwright.orchestrator.places import Place, Places, amounts, room
 from loopwright.orchestrator.processes import Actor, Cluster, Placement, load_target
-from loopwright.orchestrator.resources import ENVIRONMENT_NODES, Needs, Resources
+from loopwright.orchestrator.resources import Needs, Resources
 from loopwright.orchestrator.trackers import Tracker
 
 ROOT = str(
@@ -73,102 +73,6 @@ class RayGenerate:
             raise error.cause if isinstance(error.cause, Exception) else error from None
         except ray.exceptions.RayError as error:
             raise EngineLost(f"{self._name}: {type(error).__name__}") from None
-
-
-class Places:
-    """Room on the cluster for each actor: a bundle of what was reserved before the start, or, for
-    those that join later, a reservation of its own, which an autoscaler sees as a wish."""
-
-    def __init__(self, reserved: Any, bundles: Sequence[Mapping[str, float]]) -> None:
-        """`reserved` is a placement group with these bundles; the first is for all that share
-        memory."""
-        self.reserved = reserved
-        self._free = [(b.get("CPU", 0.0), b.get("GPU", 0.0)) for b in bundles]
-        self._own: list[Any] = []  # placement groups
-
-    def take(self, placement: Placement) -> "Place":
-        """A place, which may have to wait for room (`Place.lack`)."""
-        wanted = (placement.cpus, placement.gpus)
-        for index, free in enumerate(self._free):
-            left = (free[0] - wanted[0], free[1] - wanted[1])
-            shared = index == 0 and placement.shares_memory and min(left) > -1e-6
-            if shared or (index > 0 and not placement.shares_memory and free == wanted):
-                self._free[index] = left
-                return Place(self.reserved, index, wanted)
-        return self._make(placement)
-
-    def _make(self, placement: Placement) -> "Place":
-        import ray
-
-        wanted = {"CPU": placement.cpus, "GPU": placement.gpus}
-        bundle = {name: amount for name, amount in wanted.items() if amount}
-        lack = "no node has room for"
-        if placement.plays and ENVIRONMENT_NODES in ray.cluster_resources():
-            bundle[ENVIRONMENT_NODES] = 0.001
-        if placement.shares_memory:
-            node = self._node_of_the_trainer()
-            bundle[f"node:{node}"] = 0.001
-            lack = (
-                f"with rollout.channel = 'collective' any node would do; the trainer's, {node}, "
-                "has no room for"
-            )
-        group = ray.util.placement_group([bundle], strategy="PACK")
-        self._own.append(group)
-        return Place(group, 0, (placement.cpus, placement.gpus), lack)
-
-    def _node_of_the_trainer(self) -> str:
-        import ray
-
-        (identity, *_) = _bundle_nodes(self.reserved).values()
-        found = [n["NodeManagerAddress"] for n in ray.nodes() if n["NodeID"] == identity]
-        if not found:
-            raise RunError("the trainer's node is lost: an engine beside it has no place")
-        return str(found[0])
-
-    def give_back(self, place: "Place") -> None:
-        """Its actor has ended."""
-        import ray
-
-        if place.group is self.reserved:
-            cpus, gpus = self._free[place.index]
-            self._free[place.index] = (cpus + place.wanted[0], gpus + place.wanted[1])
-        else:
-            self._own.remove(place.group)
-            ray.util.remove_placement_group(place.group)
-
-    def close(self) -> None:
-        """Give all of it back to the cluster."""
-        import ray
-
-        for group in [self.reserved, *self._own]:
-            with contextlib.suppress(ray.exceptions.RayError):
-                ray.util.remove_placement_group(group)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Place:
-    """The bundle of a placement group that one actor has."""
-
-    group: Any  # ray.util.placement_group.PlacementGroup
-    index: int
-    wanted: tuple[float, float]  # CPUs, GPUs
-    missing: str = "no node has room for"
-
-    def lack(self) -> str:
-        """What is missing while no node holds the bundle, also after its node was lost."""
-        if _bundle_nodes(self.group)[self.index]:
-            return ""
-        cpus, gpus = self.wanted
-        asked = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
-        return f"{self.missing} {asked} ({_room()})"
-
-
-def _bundle_nodes(group: Any) -> dict[int, str]:
-    """Bundle -> id of the node that holds it, empty where none does."""
-    import ray
-
-    nodes: dict[int, str] = ray.util.placement_group_table(group)["bundles_to_node_id"]
-    return nodes
 
 
 class RayActor:
@@ -348,7 +252,7 @@ class RayCluster:
         has = ray.cluster_resources()
         self._unbooked = (has.get("CPU", 0.0), has.get("GPU", 0.0))
         where = "started here" if self._owned else "found"
-        self.description = f"Ray {ray.__version__}, {where}, {_resources(ray.cluster_resources())}"
+        self.description = f"Ray {ray.__version__}, {where}, {amounts(ray.cluster_resources())}"
 
     def _reserve(self, needs: Needs, timeout_s: float, say: Callable[[str], None]) -> None:
         """Room for all actors or none: half a run would wait for ever, holding what others need."""
@@ -356,15 +260,15 @@ class RayCluster:
 
         bundles = needs.bundles_on(ray.cluster_resources())
         reserved = ray.util.placement_group(bundles, strategy="PACK")
-        self._places = Places(reserved, bundles)
+        self._places = Places(ray, reserved, bundles)
         if reserved.wait(timeout_seconds=min(_PATIENCE_S, timeout_s)):
             return
-        say(f"waiting up to {timeout_s:g} s for {needs}; {_room()}")
+        say(f"waiting up to {timeout_s:g} s for {needs}; {room(ray)}")
         if not reserved.wait(timeout_seconds=max(timeout_s - _PATIENCE_S, 0)):
-            room = _room()
+            found = room(ray)
             self.shutdown()
             raise RunError(
-                f"the Ray cluster made no room within {timeout_s:g} s for {needs}; {room}: stop "
+                f"the Ray cluster made no room within {timeout_s:g} s for {needs}; {found}: stop "
                 "other jobs, ask for less (trainer.threads, rollout.engines, rollout.threads, "
                 "environment.workers), or raise cluster.start_timeout_s"
             )
@@ -452,22 +356,6 @@ def _running_address() -> str | None:
     """The address of a cluster this process belongs to: a submitted job's, or the one RAY_ADDRESS
     names."""
     return os.environ.get("RAY_ADDRESS")
-
-
-def _room() -> str:
-    import ray
-
-    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    free = ray.available_resources()
-    return (
-        f"its nodes have {', '.join(f'{cpus:g}' for cpus in nodes)} CPUs, free in all: "
-        f"{_resources(free)}"
-    )
-
-
-def _resources(resources: Mapping[str, float]) -> str:
-    gpus = f", {resources['GPU']:g} GPUs" if "GPU" in resources else ""
-    return f"{resources.get('CPU', 0):g} CPUs{gpus}"
 
 
 def connect(

@@ -68,6 +68,11 @@ class Watchdog:
         self._watched.append(watched)
         return watched
 
+    def forget(self, watched: "Watched") -> None:
+        """It was ended: nobody waits for it."""
+        if watched in self._watched:
+            self._watched.remove(watched)
+
     def begin(self) -> None:
         """From now on say so when nothing comes back from anybody."""
         self._watching = asyncio.get_running_loop().create_task(self._watch())
@@ -180,6 +185,11 @@ class Watched:
     def end(self) -> None:
         """As `Actor.end`."""
         self._actor.end()
+        self._watchdog.forget(self)
+
+    async def lacks(self) -> str:
+        """As `Actor.lacks`."""
+        return await self._actor.lacks()
 
     def generate_client(self) -> EngineClient:
         """As `Actor.generate_client`."""
@@ -251,6 +261,8 @@ class Watched:
         return await asyncio.shield(self._report)
 
     async def _look(self, asked: _Asked) -> str:
+        if lack := await self._actor.lacks():
+            return f"it waits for a place: {lack}"
         heard = "it has never answered"
         if self._answered:
             ago_s = _now() - self._answered_at

@@ -78,7 +78,7 @@ def test_a_run_outlives_cuts_and_the_loss_of_a_node(
         nodes.start_head(cpus=6)
         nodes.start_worker(cpus=2)
         with DrivenRun(
-            config, *overrides, within=nodes.within("a"), environment=nodes.environment
+            config, *overrides, within=nodes.within("a"), variables=nodes.environment
         ) as run:
             two = TwoNodes(run, nodes)
             run.wait("step 1", lambda: run.steps() >= 1, 180)

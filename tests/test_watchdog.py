@@ -61,6 +61,10 @@ class StuckActor:
             text = f"{self.name}: {waiting_for}: no answer within {timeout_s:g} s"
             raise DeadlinePassed(text) from None
 
+    async def lacks(self) -> str:
+        """It has its place."""
+        return ""
+
     async def home(self, *, timeout_s: float) -> Home:
         """As given."""
         return self.where
