@@ -220,6 +220,10 @@ class Pool:
             ):
                 return rollout, encoded
 
+    def serving(self, role: Role) -> int:
+        """How many of a kind play."""
+        return sum(m.serving for m in self._of(role))
+
     def join(self, role: Role, spawn: Callable[[int], Actor]) -> Member:
         """One more, under the lowest free number. An engine serves once every worker knows it and
         it holds the current weights, a worker once it has started."""

@@ -198,6 +198,8 @@ class Recorder:
             "queue/running_groups": float(buffer.admitted - buffer.ready),
             "queue/ready_groups": float(buffer.ready),
             "queue/episodes_limit": float(pool.episodes_limit),
+            "queue/engines": float(pool.serving("rollout")),
+            "queue/workers": float(pool.serving("environments")),
             "fault/infra_total": float(pool.infra_faults),
             "fault/actors_lost_total": float(self._counts["event/actor_lost"]),
             "time/elapsed_s": self.elapsed_s(),

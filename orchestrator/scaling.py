@@ -185,7 +185,7 @@ class Scaling:
             known = self._sizes.roles.get(role)
             configured = known.configured if known else self._configured[role]
             if known or not refused:
-                size = Size(configured=configured, asked=count, reached=self._serving(role))
+                size = Size(configured=configured, asked=count, reached=self._pool.serving(role))
                 self._sizes.roles[role] = size
         if said:
             self._event("scale_refused" if refused else "scale", text="; ".join(said))
@@ -228,7 +228,7 @@ class Scaling:
 
     async def _status(self) -> list[str]:
         lines = [
-            f"{role}: {self._serving(role)} of {len(self._pool.members_of(role))} serve"
+            f"{role}: {self._pool.serving(role)} of {len(self._pool.members_of(role))} serve"
             for role in ROLES
         ]
         absent = [m for role in ROLES for m in self._pool.members_of(role) if not m.serving]
@@ -240,20 +240,17 @@ class Scaling:
 
     async def _keep_count(self) -> None:
         """How many serve: for the loop, and for a run that goes on from here."""
-        up = self._serving("rollout")
+        up = self._pool.serving("rollout")
         if up != self._up:
             self._up = up
             await self._engines_up(up)
         counted = {
-            role: replace(size, reached=self._serving(role))
+            role: replace(size, reached=self._pool.serving(role))
             for role, size in self._sizes.roles.items()
         }
         if counted != self._sizes.roles:
             self._sizes.roles = counted
             self._sizes.write(self._folder)
-
-    def _serving(self, role: Role) -> int:
-        return sum(m.serving for m in self._pool.members_of(role))
 
 
 _START = {
