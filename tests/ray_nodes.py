@@ -109,6 +109,7 @@ class RayNodes:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",  # by default 15: a busy machine has no time for them
             "RAY_ADDRESS": f"{address}:{self._port}",
             "OMP_NUM_THREADS": "1",
             "PYTHONUNBUFFERED": "1",
