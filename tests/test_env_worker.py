@@ -206,7 +206,7 @@ def test_a_mix_keeps_to_the_processes_that_its_member_may_have(tokenizer: str) -
         await env.close()
         settings = WorkerSettings(environment="mix", options=MIX, tokenizer_path=tokenizer)
         worker = EnvWorker(settings)
-        await worker.start([QuickEngine()])
+        await worker.start({0: QuickEngine()})
         member = Member(ScriptedActor(name="worker", answers={}))
         member.ready.set()
         seats = Seats([member], most)
