@@ -4,6 +4,7 @@
 pause the process, because it cannot pause one that is stopped already, which is a case to be found.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -27,6 +28,8 @@ _STATES = {
 _OWN = f"{os.sep}loopwright{os.sep}", str(Path(__file__).resolve().parent.parent) + os.sep
 _FRAMES_TOLD = 3  # in one line of text
 _LINES_KEPT = 200
+_BUSY_SHARE = 0.05  # of a CPU
+_BUSY_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +68,38 @@ def lives_here(where: Home) -> bool:
         return False
     state, begun = _stat(where.pid)
     return begun == where.begun and state not in ("", "Z", "X")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """What a process has done so far."""
+
+    cpu_s: float
+    io_bytes: int  # read and written, whoever had to wait for it
+
+    def busy_since(self, before: "Effort", seconds: float) -> bool:
+        """Whether it has worked in these seconds: more than the threads that only keep it in touch
+        do, of which there are always some."""
+        cpu_s, io_bytes = self.cpu_s - before.cpu_s, self.io_bytes - before.io_bytes
+        return cpu_s > _BUSY_SHARE * seconds or io_bytes > _BUSY_BYTES
+
+
+def effort(where: Home) -> Effort | None:
+    """Of a process that lives on this machine; None for others."""
+    if not lives_here(where):
+        return None
+    io = {}
+    with contextlib.suppress(OSError):  # permitted to its own user only
+        lines = Path(f"/proc/{where.pid}/io").read_text().splitlines()
+        io = {name: int(count) for name, count in (line.split(":") for line in lines)}
+    try:
+        fields = Path(f"/proc/{where.pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    ticks = int(fields[11]) + int(fields[12])
+    return Effort(
+        cpu_s=ticks / os.sysconf("SC_CLK_TCK"), io_bytes=io.get("rchar", 0) + io.get("wchar", 0)
+    )
 
 
 def look(where: Home, *, timeout_s: float = 10.0, py_spy: str = "") -> Look:

@@ -20,7 +20,7 @@ from typing import Any
 
 from loopwright.actors.env_worker import EngineClient
 from loopwright.orchestrator.faults import ActorLost, DeadlinePassed
-from loopwright.orchestrator.inspection import Home, Look, lives_here, look
+from loopwright.orchestrator.inspection import Home, Look, effort, lives_here, look
 from loopwright.orchestrator.processes import Actor
 
 _BEGINS = ("start", "load", "reset", "join")  # the first calls of a process's life
@@ -224,14 +224,23 @@ class Watched:
             work.cancel()
 
     async def _sign_of_life(self, work: "asyncio.Future[Any]", waiting_for: str) -> None:
-        """One, unless `work` ends before. If its process dies, the work itself will say so."""
+        """One, unless `work` ends before. If its process dies, the work itself will say so. One
+        that is busy may keep a sign of life waiting, as a large file written in one go does."""
+        before = effort(self._home) if self._home is not None else None
         what = f"sign of life during {waiting_for}"
         ping = asyncio.ensure_future(self._ask(self._watchdog.hang_s, what))
         try:
             await asyncio.wait([work, ping], return_when=asyncio.FIRST_COMPLETED)
             if ping.done() and not work.done():
-                with contextlib.suppress(ActorLost):
+                try:
                     ping.result()
+                except ActorLost:
+                    return
+                except DeadlinePassed:
+                    after = effort(self._home) if self._home is not None else None
+                    hang_s = self._watchdog.hang_s
+                    if before is None or after is None or not after.busy_since(before, hang_s):
+                        raise
         finally:
             ping.cancel()
 

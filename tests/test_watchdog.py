@@ -16,7 +16,15 @@ from typing import Any
 import pytest
 
 from loopwright.orchestrator.faults import ActorLost, DeadlinePassed
-from loopwright.orchestrator.inspection import Home, _stat, home, lives_here, look
+from loopwright.orchestrator.inspection import (
+    Effort,
+    Home,
+    _stat,
+    effort,
+    home,
+    lives_here,
+    look,
+)
 from loopwright.orchestrator.processes import Actor
 from loopwright.orchestrator.watchdog import Watchdog
 
@@ -24,15 +32,16 @@ PROGRAM = """
 import sys, threading
 def waits_for_godot(event):
     print("up", flush=True)
-    event.wait()
+    {}
 waits_for_godot(threading.Event())
 """
 
 
 @contextlib.contextmanager
-def waiting_process() -> Iterator[Home]:
-    """A Python process that hangs in `waits_for_godot`."""
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True)
+def waiting_process(how: str = "event.wait()") -> Iterator[Home]:
+    """A Python process that hangs in `waits_for_godot`, or does something else there."""
+    command = [sys.executable, "-c", PROGRAM.format(how)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None and process.stdout.readline() == "up\n"
         yield replace(home(), pid=process.pid, begun=_stat(process.pid)[1])
@@ -182,6 +191,51 @@ def test_silence_during_a_long_call_is_found_before_its_deadline() -> None:
 
     with waiting_process() as where:
         run(scenario(where))
+
+
+def test_one_that_is_too_busy_to_answer_is_not_stuck() -> None:
+    """Holding Python's lock for long, it answers no ping, but it works: its call may go on."""
+
+    async def scenario(where: Home) -> None:
+        stuck = StuckActor(where, {"load": at_once})
+        done = asyncio.Event()
+
+        async def step() -> str:
+            await done.wait()
+            return "saved"
+
+        stuck.answers["step"] = step
+        actor, _, events = watched(stuck, pinged=True, hang_s=1.0)
+        await actor.call("load", timeout_s=5, waiting_for="load")
+        working = asyncio.create_task(actor.call("step", timeout_s=600, waiting_for="step 1"))
+        while stuck.calls.count("ping") < 3:
+            await asyncio.sleep(0.01)
+            assert not working.done(), working.exception()
+        done.set()
+        assert await working == "saved" and events == []
+
+    with waiting_process("while True: pass") as where:
+        run(scenario(where))
+
+
+def test_effort_tells_work_from_standing_still() -> None:
+    with waiting_process("while True: pass") as where:
+        before = after = effort(where)
+        assert before is not None and after is not None
+        while not after.busy_since(before, 1.0):
+            after = effort(where)
+            assert after is not None
+        os.kill(where.pid, signal.SIGSTOP)
+        os.waitpid(where.pid, os.WUNTRACED)
+        stopped = effort(where)
+        assert stopped is not None and not stopped.busy_since(stopped, 0.1)
+        assert stopped == effort(where)
+    assert effort(where) is None
+    with waiting_process("open('/dev/zero', 'rb').read(16 << 20); event.wait()") as where:
+        idle, found = Effort(cpu_s=1e9, io_bytes=0), effort(where)
+        while found is not None and not found.busy_since(idle, 1.0):
+            found = effort(where)
+        assert found is not None, "so much was read"
 
 
 def test_one_that_gives_signs_of_life_may_take_long() -> None:
