@@ -194,6 +194,9 @@ def table(results: dict[str, Any]) -> list[str]:
     for cost in (cost for one in runs for cost in one["blows"]):
         rows[cost["kind"], cost["how"]].append(cost)
     lines = [
+        "Median and largest. `cluster.ping_every_s` 2, `cluster.hang_timeout_s` 20, a world's "
+        "`call_timeout_s` 20.",
+        "",
         "| who | how | blows | detected | s to detect | s to recover | finished rollouts lost |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
@@ -211,6 +214,7 @@ def table(results: dict[str, Any]) -> list[str]:
             f"{one['expected']} rollouts trained, {one['twice']} of them twice, {one['unused']} "
             f"finished and unused; held-out success {_percent([one['success']])}."
         )
+        lines += [f"Beside the blows: {what}" for what in one["unasked"]]
     calm = [one["success"] for one in results.get("undisturbed", {}).values()]
     if len(calm) > 1:
         mean, spread = statistics.mean(calm), 2 * statistics.stdev(calm)

@@ -171,7 +171,7 @@ class DrivenRun:
         """How many events of `kind` there are about `actor`."""
         return sum(e["actor"] == actor for e in self.events(kind))
 
-    def wait(self, what: str, happened: Callable[[], bool], timeout_s: float = 90.0) -> float:
+    def wait(self, what: str, happened: Callable[[], bool], timeout_s: float = 240.0) -> float:
         """Look until it has `happened`; seconds it took. Fails when the run ends before, or at the
         deadline."""
         started = time.monotonic()
