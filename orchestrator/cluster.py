@@ -390,3 +390,9 @@ def connect(
         )
     except (ConnectionError, OSError, RuntimeError) as error:
         raise RunError(f"no Ray at cluster.address = {address!r}: {error}") from error
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        # what Ray raises for a node that did not come up in its own time
+        text = f"Ray did not start: {error} Is the machine overloaded? Start the same run again"
+        raise RunError(text) from error
