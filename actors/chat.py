@@ -7,6 +7,7 @@ whatever the template does with earlier turns.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from loopwright.envs.conformance.declared import schema_problem
 from loopwright.envs.protocol import Message
 
+_KNOWN_TEXTS = 512  # whose tokens are kept, at most some 20 MB
 _STAND_IN = "stand in"
 _STAND_IN_CHAT = [
     {"role": "user", "content": _STAND_IN},
@@ -43,6 +45,9 @@ class ChatFormat:
         rendered = self._render(_STAND_IN_CHAT, tools=None, prompt=False)
         turn_end = rendered.rindex(_STAND_IN) + len(_STAND_IN)
         self._stand_in = rendered[:turn_end]  # up to the end of the policy's words
+        # The episodes of a group open alike, and read many of the same replies.
+        self._encode = lru_cache(maxsize=_KNOWN_TEXTS)(self._encode_anew)
+        self._tail = lru_cache(maxsize=_KNOWN_TEXTS)(self._tail_anew)
         self.stop_token_ids = self._find_stop_tokens(rendered[turn_end:])
 
     @classmethod
@@ -72,14 +77,7 @@ class ChatFormat:
         `last_token_id` is the turn's last token: where it is a stop token, the template's own is
         not repeated.
         """
-        after = self._render(_STAND_IN_CHAT + _plain(messages), tools=None, prompt=True)
-        turn_end = len(self._stand_in)
-        if not after.startswith(self._stand_in):
-            raise ChatFormatError(
-                "the chat template rewrites earlier turns when a message is added; "
-                "a context must be append-only: use a template that keeps them"
-            )
-        tokens = self._encode(after[turn_end:])
+        tokens = self._tail(tuple(messages))
         ended = last_token_id in self.stop_token_ids
         if ended and tokens.size and int(tokens[0]) in self.stop_token_ids:
             return tokens[1:]
@@ -111,5 +109,17 @@ class ChatFormat:
             )
         )
 
-    def _encode(self, text: str) -> np.ndarray:
-        return np.asarray(self.tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
+    def _tail_anew(self, messages: tuple[Message, ...]) -> np.ndarray:
+        """What the template writes after the policy's words, the end of its turn included."""
+        after = self._render(_STAND_IN_CHAT + _plain(messages), tools=None, prompt=True)
+        if not after.startswith(self._stand_in):
+            raise ChatFormatError(
+                "the chat template rewrites earlier turns when a message is added; "
+                "a context must be append-only: use a template that keeps them"
+            )
+        return self._encode(after[len(self._stand_in) :])
+
+    def _encode_anew(self, text: str) -> np.ndarray:
+        tokens = np.asarray(self.tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
+        tokens.setflags(write=False)  # it is handed out more than once
+        return tokens

@@ -17,8 +17,9 @@ import sqlite3
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,18 @@ import numpy as np
 
 from loopwright.actors.chat import ChatFormat
 from loopwright.actors.engine import Completion, FinishReason, GenerateRequest
-from loopwright.actors.episode import EpisodeLimits, play_episode
+from loopwright.actors.env_worker import EnvWorker, EpisodeOrder, WorkerSettings
+from loopwright.actors.episode import EpisodeLimits
 from loopwright.actors.tiny_model import train_tokenizer
+from loopwright.algorithms.records import Rollout, decode
+from loopwright.envs import registry
 from loopwright.envs.officeworld import OfficeWorld
 from loopwright.envs.officeworld.api import invoke
 from loopwright.envs.officeworld.full.office import FullOffice, generate
 from loopwright.envs.officeworld.state import Tables, World
-from loopwright.envs.protocol import Task
+from loopwright.envs.protocol import Task, encode_task
 
+GROUP = 8  # rollouts of a task
 LIMITS = EpisodeLimits(
     max_turns=50, max_new_tokens=4096, max_context=1 << 20, timeout_s=600, temperature=1.0
 )
@@ -139,20 +144,24 @@ def call_figures(calls: int) -> dict[str, float]:
 
 
 class Scripted:
-    """A policy that says what the oracle would: the engine's side of the real episode loop."""
+    """A rollout actor that says what the oracle would, at once."""
 
     def __init__(self, chat: ChatFormat, actions: Mapping[str, list[str]]) -> None:
-        self._chat = chat
-        self._actions = actions
+        stop = chat.stop_token_ids[0]
+        self._said = {
+            task_id: [
+                np.asarray([*chat.tokenizer.encode(a, add_special_tokens=False), stop], np.int32)
+                for a in texts
+            ]
+            for task_id, texts in actions.items()
+        }
 
     async def __call__(self, request: GenerateRequest) -> Completion:
-        """The next action of the session's task, as tokens; yields once, as an engine would."""
+        """The next action of the session's task; yields once, as an engine would."""
         await asyncio.sleep(0)
         task_id = request.session.rpartition("/")[0].rpartition("/")[0]
         turn = int(request.request_id.rpartition("/")[2].partition(".")[0])
-        text = self._actions[task_id][turn]
-        ids = [*self._chat.tokenizer.encode(text, add_special_tokens=False)]
-        tokens = np.asarray([*ids, self._chat.stop_token_ids[0]], np.int32)
+        tokens = self._said[task_id][turn]
         return Completion(
             request_id=request.request_id,
             token_ids=tokens,
@@ -161,46 +170,78 @@ class Scripted:
             finish_reason=FinishReason.STOP,
         )
 
+    async def cancel(self, request_id: str) -> bool:
+        """Nothing waits here."""
+        return False
 
-async def episode_figures(count: int, action_format: Any) -> dict[str, float]:
-    """Episodes per CPU second of one process at 1, 16 and 128 at a time."""
-    env = OfficeWorld(style="full", action_format=action_format)
-    tasks = list(itertools.islice(env.tasks("train", 0), count))
+
+async def episode_figures(count: int, name: str, options: Mapping[str, Any]) -> dict[str, float]:
+    """Episodes of one worker process, in groups, at 1, 16 and 128 at a time, each time other tasks;
+    the engine's answers are free: CPU milliseconds each, and episodes per second of the wall clock.
+    What the oracle says is tokenized before, so that the figures are the worker's."""
+    env = registry.load(name, options)
+    tasks = list(itertools.islice(env.tasks("train", 0), 4 * count // GROUP))
     actions: dict[str, list[str]] = {}
     texts: list[str] = []
     for task in tasks:
         texts += [m.content for m in (await env.reset(task)).messages]
-        actions[task.id] = list(env.oracle())
+        actions[task.id] = list(env.oracle()) if name == "officeworld" else await said(env)
         texts += actions[task.id]
-    chat = ChatFormat(train_tokenizer(texts[:400], vocab_size=4096))
-    engine = Scripted(chat, actions)
+    await env.close()
+    tasks = [task for task in tasks for _ in range(GROUP)]  # as training plays them
+    label = " ".join([name, *map(str, options.values())])
     figures: dict[str, float] = {}
-    for at_once in (1, 16, 128):
-        envs = [OfficeWorld(style="full", action_format=action_format) for _ in range(at_once)]
-        waiting, rewards = iter(tasks), list[float]()
-
-        async def play(env: OfficeWorld, waiting: Any = waiting, rewards: Any = rewards) -> None:
-            for task in waiting:
-                rewards.append(await _episode(env, task, engine, chat))
-
-        wall, cpu = time.perf_counter(), time.process_time()
-        await asyncio.gather(*(play(env) for env in envs))
-        used = time.process_time() - cpu
-        for env in envs:
-            await env.close()
-        assert rewards == [1.0] * count, "the oracle solves every task"
-        figures[f"{action_format}: {at_once} at once, CPU ms an episode"] = used / count * 1e3
-        figures[f"{action_format}: {at_once} at once, episodes per wall s"] = count / (
-            time.perf_counter() - wall
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        train_tokenizer(texts[:400], vocab_size=4096).save_pretrained(folder)
+        engine = Scripted(ChatFormat.load(folder), actions)
+        settings = WorkerSettings(environment=name, options=options, tokenizer_path=folder)
+        worker = EnvWorker(settings)
+        await worker.start({0: engine})
+        await play(worker, tasks[:count], 128)  # everything loaded, and every instance built
+        for number, at_once in enumerate((1, 16, 128), 1):
+            part = tasks[number * count : (number + 1) * count]
+            cpu, wall = await play(worker, part, at_once)
+            figures[f"{label}: {at_once} at once, CPU ms an episode"] = cpu / count * 1e3
+            figures[f"{label}: {at_once} at once, episodes per wall s"] = count / wall
+        turns = statistics.mean(map(len, actions.values()))
+        figures[f"{label}: turns an episode"] = turns
+        await worker.close()
     return figures
 
 
-async def _episode(env: OfficeWorld, task: Task, engine: Scripted, chat: ChatFormat) -> float:
-    rollout = await play_episode(env, task, 0, engine, chat, LIMITS, seed=0, priority=0)
-    if rollout.fault:
-        raise RuntimeError(rollout.fault)
-    return rollout.reward
+async def said(env: Any) -> list[str]:
+    """What the oracle of the live task says, drawn between steps."""
+    found = []
+    for action in env.oracle():
+        found.append(action)
+        await env.step(action)
+    return found
+
+
+async def play(worker: EnvWorker, tasks: Sequence[Task], at_once: int) -> tuple[float, float]:
+    """CPU and wall seconds of playing all tasks, so many at a time; each must be solved."""
+    waiting = iter(enumerate(tasks))
+
+    async def one_after_another() -> None:
+        for number, task in waiting:
+            order = EpisodeOrder(
+                key=str(number),
+                task=encode_task(task),
+                attempt=0,
+                engine=0,
+                seed=0,
+                priority=number,
+                limits=LIMITS,
+            )
+            outcome = await worker.play(order)
+            assert isinstance(outcome, bytes)
+            rollout: Rollout = decode(outcome)
+            if rollout.fault or not rollout.success:
+                raise RuntimeError(rollout.fault or "the oracle solves every task")
+
+    wall, cpu = time.perf_counter(), time.process_time()
+    await asyncio.gather(*(one_after_another() for _ in range(at_once)))
+    return time.process_time() - cpu, time.perf_counter() - wall
 
 
 async def cell_figures(count: int) -> dict[str, float]:
@@ -231,12 +272,18 @@ async def main() -> None:
     parser.add_argument("--calls", type=int, default=2000)
     parser.add_argument("--episodes", type=int, default=128)
     chosen = parser.parse_args()
+    full = {"style": "full"}
     figures = {
         "state": state_figures(chosen.calls),
         "calls": call_figures(chosen.calls),
         "episodes": {
-            **await episode_figures(chosen.episodes, "json"),
-            **await episode_figures(chosen.episodes, "code"),
+            **await episode_figures(
+                chosen.episodes, "officeworld", full | {"action_format": "json"}
+            ),
+            **await episode_figures(
+                chosen.episodes, "officeworld", full | {"action_format": "code"}
+            ),
+            **await episode_figures(chosen.episodes, "search", {"style": "full"}),
         },
         "cells": await cell_figures(200),
     }

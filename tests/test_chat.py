@@ -98,3 +98,16 @@ def test_a_tokenizer_without_a_template_is_refused() -> None:
     tokenizer.chat_template = None
     with pytest.raises(ChatFormatError, match="has no chat template; set one"):
         ChatFormat(tokenizer)
+
+
+def test_texts_that_come_again_give_the_same_tokens_which_nobody_can_change() -> None:
+    chat = ChatFormat(_tokenizer())
+    stop = chat.stop_token_ids[0]
+    for _ in range(2):  # the second time from memory
+        first = chat.extend(TURNS[0][1], stop)
+        other = chat.extend(TURNS[1][1], stop)
+        assert first.tolist() != other.tolist()
+        assert chat.extend(list(TURNS[0][1]), None).tolist()[1:] == first.tolist()
+        for tokens in (first, chat.open(OPENING)):
+            with pytest.raises(ValueError, match="read-only"):
+                tokens[0] = 7
