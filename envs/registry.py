@@ -22,6 +22,7 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, Protocol, runtime_checkable
 
+from loopwright.envs.program import Program, ProgramEnv
 from loopwright.envs.protocol import Env, EnvError, TaskSource
 
 ENTRY_POINT_GROUP = "loopwright.environments"
@@ -85,6 +86,8 @@ def load(name: str, options: Mapping[str, Any] | None = None) -> Environment:
     chosen = dict(options or {})
     _check_options(environment, target, chosen)
     instance = environment(**chosen)
+    if isinstance(instance, Program):
+        return ProgramEnv(instance)
     if not isinstance(instance, Environment):
         wanted = ("spec", "tasks", "reset", "step", "evaluate", "oracle", "close")
         missing = [member for member in wanted if member not in dir(instance)]

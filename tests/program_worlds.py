@@ -1,0 +1,58 @@
+"""Programs for tests: agents that own their loop."""
+
+import asyncio
+from collections.abc import Iterator
+
+from loopwright.envs.program import Model
+from loopwright.envs.protocol import EnvSpec, Message, Task, Verdict
+
+
+def user(text: str) -> Message:
+    """One message of the user."""
+    return Message(role="user", content=text)
+
+
+class Relay:
+    """Plans in one conversation of two turns, asks two helpers side by side, and answers in a
+    fresh context."""
+
+    spec = EnvSpec(name="relay", version="1", description="Say a number.", max_turns=6)
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails = fails
+        self.wanted = self.said = ""
+
+    def tasks(self, split: str, seed: int) -> Iterator[Task]:
+        """Numbers, odd ones held out."""
+        for i in range(200 * seed, 200 * seed + 200):
+            number = 2 * i + (split == "test")
+            yield Task(
+                environment="relay", id=f"r{number}", seed=number, split=split, scenario="relay"
+            )
+
+    async def run(self, task: Task, model: Model) -> None:
+        """Five requests."""
+        self.wanted, self.said = f"n{task.seed}", ""
+        talk = [user(f"plan {self.wanted}")]
+        plan = await model.chat(talk)
+        if self.fails:
+            raise ConnectionError("the tool is away")
+        talk += [Message(role="assistant", content=plan), user("shorter")]
+        short = await model.chat(talk)
+        await asyncio.gather(*(model.chat([user(f"help {n}")]) for n in range(2)))
+        self.said = await model.chat([user(f"now say it: {short[:20]}")])
+
+    async def evaluate(self) -> Verdict:
+        """Was it said at last?"""
+        right = bool(self.wanted) and self.said == self.wanted
+        return Verdict(reward=float(right), success=right)
+
+    async def close(self) -> None:
+        """Nothing is held."""
+
+
+class Silent(Relay):
+    """Never asks."""
+
+    async def run(self, task: Task, model: Model) -> None:
+        """Ends at once."""
