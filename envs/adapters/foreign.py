@@ -1,14 +1,20 @@
 """What every adapter does the same way: import its package or name the command that installs it,
-suggest what was meant, and divide tasks by their content."""
+find the interpreter that has it, suggest what was meant, read tool calls, and divide tasks by their
+content."""
 
 import difflib
 import importlib
+import json
+import os
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
-from loopwright.envs.protocol import EnvError
+from loopwright.envs.actions import Call, Fault, parse_action
+from loopwright.envs.protocol import EnvError, Message, Observation, Step
 
 SPLITS = ("train", "test")
 MAX_REDRAWS = 1000  # openings drawn in a row that all belong to the other split
@@ -23,6 +29,50 @@ def imported(module: str, environment: str, extra: str) -> Any:
             f"the environment {environment} needs a package that is not installed ({error}); "
             f"remedy: pip install 'loopwright[{extra}]'"
         ) from error
+
+
+def interpreter(environment: str, chosen: str) -> str:
+    """The Python that has a foreign package: the one chosen, or of `LOOPWRIGHT_<NAME>_PYTHON`, or
+    ours."""
+    variable = f"LOOPWRIGHT_{environment.upper()}_PYTHON"
+    return chosen or os.environ.get(variable) or sys.executable
+
+
+def far_side(file: str) -> str:
+    """A world of the folder `far`, as `ProcessEnv` takes it."""
+    return f"{Path(__file__).with_name('far') / file}:World"
+
+
+def tool_call(text: str) -> Call | Fault:
+    """The call in a turn, if it can travel as JSON: half a surrogate pair cannot."""
+    call = parse_action(text, "json")
+    if isinstance(call, Fault):
+        return call
+    try:
+        json.dumps([call.name, dict(call.arguments)], ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError):
+        return Fault(category="parse", hint="arguments must be JSON")
+    return call
+
+
+def reply(text: str, signal: str = "", role: str = "tool") -> Step:
+    """A step that says something, and counts it."""
+    message = Message(role=role, content=text)
+    return Step(observation=Observation(messages=(message,)), signals={signal: 1} if signal else {})
+
+
+def no_call(fault: Fault) -> Step:
+    """The step of a turn that holds no call."""
+    hint = 'write one call: {"name": "…", "arguments": {…}}'
+    return reply(f"error: {hint}", f"policy_fault/{fault.category}")
+
+
+def finishing(name: str) -> dict[str, Any]:
+    """The tool that ends an episode, in OpenAI's form."""
+    answer = {"type": "string", "description": "the answer, if the task is a question"}
+    parameters = {"type": "object", "properties": {"answer": answer}}
+    function = {"name": name, "description": "End the task, when it is complete."}
+    return {"type": "function", "function": {**function, "parameters": parameters}}
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> EnvError:

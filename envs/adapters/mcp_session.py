@@ -10,15 +10,13 @@ import json
 import os
 import shutil
 import sys
-import threading
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from loopwright.envs.adapters import foreign
+from loopwright.envs.adapters import background, foreign
 from loopwright.envs.protocol import EnvError
 from loopwright.envs.remote.plain import RemoteError
 
@@ -95,7 +93,7 @@ class Session:
         self.broken = ""  # why no further call can be made
         foreign.imported("mcp", "mcp", "mcp")  # a missing package is said on the caller's thread
         ready: Future[None] = Future()
-        self._life = asyncio.run_coroutine_threadsafe(self._live(ready), _loop())
+        self._life = background.run(self._live(ready))
         try:
             ready.result(timeout_s)
             self.tools: Sequence[Any] = self._run(self._listed(), "tools/list").result(timeout_s)
@@ -115,7 +113,7 @@ class Session:
     def end(self) -> None:
         """Begin to end the connection and its process. Idempotent; waits for nothing."""
         self.broken = self.broken or "closed"
-        _loop().call_soon_threadsafe(self._ends.set)
+        background.loop().call_soon_threadsafe(self._ends.set)
 
     def close(self) -> None:
         """End the connection and its process, and wait until they have ended."""
@@ -158,7 +156,7 @@ class Session:
         return Answer(text="\n".join(texts), failed=result.is_error)
 
     def _run(self, work: Coroutine[Any, Any, T], what: str) -> "Future[T]":
-        return asyncio.run_coroutine_threadsafe(self._in_time(work, what), _loop())
+        return background.run(self._in_time(work, what))
 
     async def _in_time(self, work: Coroutine[Any, Any, T], what: str) -> T:
         """The result, unless time or the connection ends first."""
@@ -173,13 +171,6 @@ class Session:
         else:
             self.broken = self.broken or f"{what} failed: {_reason(error)}"
         raise RemoteError(f"mcp {self._server}: {self.broken}")
-
-
-@lru_cache(maxsize=1)
-def _loop() -> asyncio.AbstractEventLoop:
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="mcp-connections", daemon=True).start()
-    return loop
 
 
 def _reason(error: BaseException) -> str:

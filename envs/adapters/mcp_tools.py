@@ -19,7 +19,6 @@ come back as observations; a server that fails, dies or is silent is an infrastr
 import asyncio
 import difflib
 import inspect
-import json
 import re
 import threading
 import weakref
@@ -29,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 # fmt: off
-from loopwright.envs.actions import Call, Fault, parse_action, render_action
+from loopwright.envs.actions import Call, Fault, render_action
 from loopwright.envs.adapters import foreign
 from loopwright.envs.adapters.mcp_session import Answer, Server, Session
 from loopwright.envs.protocol import (
@@ -177,19 +176,16 @@ class McpTools:
         hidden = set(self._episode.fixed)
         shown = [_schema(name, tool, hidden) for name, tool in self._tools.items()]
         user = Message(role="user", content=instruction)
-        return Observation(messages=(user,), tools=(*shown, _finishing(self._finish)))
+        return Observation(messages=(user,), tools=(*shown, foreign.finishing(self._finish)))
 
     async def step(self, action: str) -> Step:
         """One tool call. Raises `RemoteError` for a fault of the server."""
         episode = self._live()
         if episode.answer is not None:
             return Step(observation=Observation(messages=()), terminated=True)
-        call = parse_action(action, "json")
-        if isinstance(call, Call) and not _encodable(call):
-            call = Fault(category="parse", hint="")
+        call = foreign.tool_call(action)
         if isinstance(call, Fault):
-            hint = 'write one call: {"name": "…", "arguments": {…}}'
-            return _reply(f"error: {hint}", f"policy_fault/{call.category}")
+            return foreign.no_call(call)
         if call.name == self._finish:
             episode.answer = str(call.arguments.get("answer", ""))
             return Step(observation=Observation(messages=()), terminated=True)
@@ -197,10 +193,10 @@ class McpTools:
         if tool is None:
             near = difflib.get_close_matches(call.name[:60], [*self._tools, self._finish], n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(self._tools)}"
-            return _reply(f"error: there is no such tool; {hint}", "tool_error/unknown_tool")
+            return foreign.reply(f"error: there is no such tool; {hint}", "tool_error/unknown_tool")
         answer = await episode.session.call(tool.name, {**call.arguments, **episode.fixed})
         episode.calls.append(Made(call=call, answer=answer))
-        return _reply(answer.text, "tool_error/failed" if answer.failed else None)
+        return foreign.reply(answer.text, "tool_error/failed" if answer.failed else "")
 
     async def evaluate(self) -> Verdict:
         """The job's grade."""
@@ -263,15 +259,6 @@ class McpTools:
         self._tools = {name: offered[name] for name in names}
 
 
-def _encodable(call: Call) -> bool:
-    """Whether the arguments can travel: half a surrogate pair cannot."""
-    try:
-        json.dumps(dict(call.arguments), ensure_ascii=False).encode()
-    except (UnicodeEncodeError, RecursionError):
-        return False
-    return True
-
-
 def _schema(name: str, tool: Any, hidden: set[str]) -> dict[str, Any]:
     """A tool in OpenAI's form, without hidden arguments."""
     given = dict(tool.input_schema)
@@ -281,15 +268,3 @@ def _schema(name: str, tool: Any, hidden: set[str]) -> dict[str, Any]:
     description = inspect.cleandoc(tool.description or tool.title or name)
     function = {"name": name, "description": description, "parameters": given}
     return {"type": "function", "function": function}
-
-
-def _finishing(name: str) -> dict[str, Any]:
-    answer = {"type": "string", "description": "the answer, if the task is a question"}
-    parameters = {"type": "object", "properties": {"answer": answer}}
-    function = {"name": name, "description": "End the task, when it is complete."}
-    return {"type": "function", "function": {**function, "parameters": parameters}}
-
-
-def _reply(text: str, signal: str | None = None) -> Step:
-    message = Message(role="tool", content=text)
-    return Step(observation=Observation(messages=(message,)), signals={signal: 1} if signal else {})
