@@ -28,6 +28,7 @@ from loopwright.envs.protocol import Env, EnvError, TaskSource
 ENTRY_POINT_GROUP = "loopwright.environments"
 BUILT_IN: Mapping[str, str] = MappingProxyType(
     {
+        "appworld": "loopwright.envs.adapters.appworld:AppWorld",
         "gymnasium": "loopwright.envs.adapters.gymnasium_text:GymnasiumText",
         "mcp": "loopwright.envs.adapters.mcp_tools:McpTools",
         "mix": "loopwright.envs.mix:Mix",
@@ -37,6 +38,7 @@ BUILT_IN: Mapping[str, str] = MappingProxyType(
         "process": "loopwright.envs.remote:ProcessEnv",
         "reasoning_gym": "loopwright.envs.adapters.reasoning_gym:ReasoningGym",
         "search": "loopwright.envs.search:Search",
+        "verifiers": "loopwright.envs.adapters.verifiers:Verifiers",
     }
 )
 
