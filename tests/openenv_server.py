@@ -39,7 +39,7 @@ class GuessEnvironment(Environment[Guess, Hint, State]):
 
     def step(self, action: Guess, timeout_s: float | None = None, **kwargs: Any) -> Hint:
         """Too small, too big, or right."""
-        if action.number == -1:
+        if action.number == -12345:
             raise RuntimeError("the environment broke")
         self._tries += 1
         right = action.number == self._wanted

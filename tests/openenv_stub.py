@@ -48,7 +48,7 @@ class Guessing(Session):
         if set(data) != {"number"} or type(data["number"]) is not int:
             wrong = {"loc": ["number"], "msg": "Input should be a valid integer"}
             raise _Problem("VALIDATION_ERROR", "Invalid message", [wrong])
-        if data["number"] == -1:
+        if data["number"] == -12345:
             raise _Problem("EXECUTION_ERROR", "the environment broke")
         hint, reward, done = self.guess(data["number"])
         return _observed({"hint": hint}, reward, done)

@@ -90,7 +90,7 @@ def test_actions_faults_and_rewards() -> None:
             assert dict(step.signals) == {signal: 1} and not step.terminated
         assert (await env.evaluate()).reward == 0.0
         with pytest.raises(RemoteError, match="EXECUTION_ERROR: the environment broke"):
-            await env.step(act("act", number=-1))
+            await env.step(act("act", number=-12345))
         for action in env.oracle():
             step = await env.step(action)
         verdict = await env.evaluate()

@@ -136,6 +136,8 @@ class _Tools:
             client = importlib.import_module("mcp").Client(url)
             await self._stack.enter_async_context(client)
             for tool in (await client.list_tools()).tools:
+                if tool.name in self._clients:
+                    raise RuntimeError(f"verifiers: two tools of the task are called {tool.name}")
                 self._clients[tool.name] = client
                 function = {
                     "name": tool.name,
