@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from loopwright.envs.adapters.verifiers import Verifiers
-from loopwright.envs.conformance import check
+from loopwright.envs.conformance import RULES, Kit, check
 from loopwright.envs.protocol import EnvError
 from loopwright.envs.registry import load
 
@@ -45,8 +45,20 @@ async def scenes(**options: Any) -> list[Any]:
 
 
 @pytest.mark.usefixtures("stub")
-def test_the_stub_conforms() -> None:
-    assert asyncio.run(check(lambda: load("verifiers", REVERSE), tasks_per_split=1)) == []
+@pytest.mark.parametrize("rule", ["oracle_solves", "evaluate_idempotent", "interleaved"])
+def test_the_stub_keeps_the_rule(rule: str) -> None:
+    """Those that rollouts which wait in one loop could break; all of them with the real package."""
+
+    async def findings() -> list[tuple[str, str]]:
+        kit = Kit(factory=lambda: load("verifiers", REVERSE), tasks=(), seed=0)
+        source = kit.make()
+        kit.tasks = [next(source.tasks("train", 0))]
+        try:
+            return [found async for found in RULES[rule](kit)]
+        finally:
+            await kit.close()
+
+    assert asyncio.run(findings()) == []
 
 
 @pytest.mark.usefixtures("stub")
