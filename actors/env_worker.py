@@ -2,7 +2,8 @@
 its own.
 
 An episode outlives its engine. When that is lost, `play` returns `Parked`: the episode waits here,
-with all its tokens, until `go_on` names the engine to continue on.
+with all its tokens, until `go_on` names the engine to continue on. It outlives this process too,
+where its world is deterministic: whoever is ordered to play it next finds its turns on record.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from loopwright.actors.engine import Completion, EngineError, GenerateRequest
@@ -23,6 +25,7 @@ from loopwright.actors.episode import (
     Progress,
     play_episode,
 )
+from loopwright.actors.episode_record import EpisodeRecord, EpisodeRecords
 from loopwright.actors.memory_watch import MemoryWatch
 from loopwright.algorithms.records import Rollout, encode
 from loopwright.envs import registry
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 
 _PARKED_S = 1800.0  # nobody names another engine for so long: the episode is given up
 _TAKE_BACK_S = 5.0  # for an engine to hand out what it has of a turn
+_REQUESTS_A_LIFE = 1000  # an engine may still serve what a lost worker asked for: other names
 
 
 class EngineClient(Protocol):
@@ -56,6 +60,8 @@ class WorkerSettings:
     options: Mapping[str, Any]
     tokenizer_path: str
     memory_share: float = 0.0  # of the machine's, that it and its environments may hold; 0: any
+    # where what its episodes have so far is kept for whoever plays them next; empty: nowhere
+    records: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +69,7 @@ class EpisodeOrder:
     """One episode to play."""
 
     key: str  # of this playing of it, among all that the worker plays
+    life: int = 0  # how many workers were lost while they played it
     task: bytes  # `encode_task`
     attempt: int
     engine: int  # number of the one that serves all its turns: its prefix stays cached there
@@ -124,6 +131,8 @@ class EnvWorker:
 
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
+        folder = settings.records
+        self._records = EpisodeRecords(Path(folder)) if folder else None
         self._engines: dict[int, EngineClient] = {}  # by number
         self._loaded_chat: ChatFormat | None = None
         # By what they played last: that may hold a process or a connection for its next task.
@@ -153,6 +162,7 @@ class EnvWorker:
         """Play one episode; the encoded `Rollout`, also when the infrastructure failed. Raises
         `TaskError`, and `WorkerLost` before `start`."""
         playing = _Playing(self._client(order.engine))
+        playing.progress.requests = _REQUESTS_A_LIFE * order.life
         playing.task = asyncio.create_task(self._rollout(order, playing))
         self._playing[order.key] = playing
         return await self._outcome(order.key, playing)
@@ -221,6 +231,7 @@ class EnvWorker:
     async def _rollout(self, order: EpisodeOrder, playing: _Playing) -> Rollout:
         task = decode_task(order.task)
         env, reusable = self._take(task.environment), False
+        record = self._record(order, env)
         try:
             rollout = await play_episode(
                 env,
@@ -233,11 +244,14 @@ class EnvWorker:
                 priority=order.priority,
                 another=playing.another,
                 progress=playing.progress,
+                record=record,
             )
             reusable = not rollout.fault
             self._played += 1
             return rollout
         finally:
+            if record is not None:
+                record.close()
             if reusable:
                 self._idle[task.environment].append(env)
             else:
@@ -248,6 +262,12 @@ class EnvWorker:
             missing = f"it does not know rollout {engine}" if self._engines else "not started yet"
             raise WorkerLost(f"restarted, and {missing}")
         return self._engines[engine]
+
+    def _record(self, order: EpisodeOrder, env: Env) -> EpisodeRecord | None:
+        """None where a world cannot be brought back to where it was."""
+        if self._records is None or not env.spec.deterministic:
+            return None
+        return self._records.open(order.key, order.life)
 
     def _known(self, key: str) -> _Playing:
         if key not in self._playing:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from loopwright.actors.engine import Completion, FinishReason, GenerateRequest
+from loopwright.actors.episode_record import EpisodeRecord
 from loopwright.algorithms.records import Context, EndReason, Outcome, Rollout
 from loopwright.envs.protocol import Env, Step, Task, TaskError
 
@@ -53,7 +54,7 @@ class Progress:
     phase: str = "reset"
     turns: int = 0  # whole ones
     tokens: int = 0  # chosen by the policy
-    saved_tokens: int = 0  # of those, sampled by an engine that died afterwards
+    saved_tokens: int = 0  # of those, sampled before an engine or a worker died
     requests: int = 0
     request_id: str = ""  # of the turn being generated
     generate_s: float = 0.0
@@ -116,10 +117,12 @@ async def play_episode(
     priority: int,
     another: Another | None = None,
     progress: Progress | None = None,
+    record: EpisodeRecord | None = None,
 ) -> Rollout:
     """Play `task` once. Never raises for what the policy, the environment or the engine did: a
     fault of the infrastructure comes back as a rollout whose outcome is `infra_fault` and whose
     `fault` says what broke. A lost engine is no fault where `another` finds one to go on with.
+    What `record` has from a former life of the episode is said again, not asked for.
 
     Two things go through: `TaskError` (the task is to be quarantined), and `TakenBack`.
     """
@@ -134,6 +137,7 @@ async def play_episode(
         seed=seed,
         priority=priority,
         progress=progress,
+        record=record,
     )
     try:
         async with asyncio.timeout(limits.timeout_s) as deadline:
@@ -231,6 +235,7 @@ class _Speaker:
     seed: int
     priority: int
     progress: Progress
+    record: EpisodeRecord | None = None
     deadline: asyncio.Timeout | None = None
 
     async def turn(self, prompt: np.ndarray, budget: int) -> Completion:
@@ -240,20 +245,19 @@ class _Speaker:
         to go on from exactly these tokens, at the place of the random stream where it stopped.
         """
         progress = self.progress
+        pieces = self._recorded(prompt)
         progress.phase = "generate"
         seed = turn_seed(self.seed, progress.turns)
-        pieces: list[Completion] = []
-        sampled = 0
+        sampled = sum(p.token_ids.size for p in pieces)
         before = time.monotonic()
-        while True:
-            asked = min(budget - sampled, self.limits.piece_tokens)
+        while not self._ended(pieces, budget):
             progress.requests += 1
             progress.request_id = f"{self.session}/{progress.turns}.{progress.requests}"
             request = GenerateRequest(
                 request_id=progress.request_id,
                 session=self.session,
                 prompt_ids=np.concatenate([prompt, *(p.token_ids for p in pieces)]),
-                max_new_tokens=asked,
+                max_new_tokens=min(budget - sampled, self.limits.piece_tokens),
                 stop_token_ids=self.chat.stop_token_ids,
                 temperature=self.limits.temperature,
                 seed=seed,
@@ -272,18 +276,36 @@ class _Speaker:
             progress.tokens += piece.token_ids.size
             if progress.taken_back:
                 raise TakenBack
-            if piece.finish_reason is FinishReason.CANCELLED:  # the engine's own doing
-                if sampled < budget:
-                    await asyncio.sleep(0 if piece.token_ids.size else _ABORTED_PAUSE_S)
-                    continue
-            elif (
-                piece.finish_reason is FinishReason.LENGTH
-                and sampled < budget
-                and piece.token_ids.size == asked  # a shorter one has filled the engine's context
-            ):
-                continue
-            progress.generate_s += time.monotonic() - before
-            return _joined(pieces)
+            if self.record is not None:
+                self.record.add(progress.turns, prompt, piece)
+            if piece.finish_reason is FinishReason.CANCELLED and sampled < budget:
+                await asyncio.sleep(0 if piece.token_ids.size else _ABORTED_PAUSE_S)
+        progress.generate_s += time.monotonic() - before
+        return _joined(pieces)
+
+    def _recorded(self, prompt: np.ndarray) -> list[Completion]:
+        """What a former life of the episode has of this turn."""
+        if self.record is None:
+            return []
+        progress = self.progress
+        progress.phase = "resume"
+        pieces = self.record.pieces(progress.turns, prompt)
+        if pieces:
+            progress.tokens += sum(p.token_ids.size for p in pieces)
+            progress.saved_tokens = progress.tokens
+        return pieces
+
+    def _ended(self, pieces: list[Completion], budget: int) -> bool:
+        """Whether a turn of these pieces is whole: the last was not cut short by its own length, or
+        by the engine."""
+        if not pieces:
+            return False
+        last, sampled = pieces[-1], sum(p.token_ids.size for p in pieces)
+        if last.finish_reason is FinishReason.STOP or sampled >= budget:
+            return True
+        asked = min(budget - sampled + last.token_ids.size, self.limits.piece_tokens)
+        # a shorter one has filled the engine's context
+        return last.finish_reason is FinishReason.LENGTH and last.token_ids.size != asked
 
     async def _go_elsewhere(self, error: EngineLost) -> None:
         """Wait for another engine; the clock of the episode stands still meanwhile."""

@@ -85,7 +85,7 @@ class Rollout:
     seconds: dict[str, float] = field(default_factory=dict)
     tool_errors: dict[str, int] = field(default_factory=dict)  # category -> count
     fault: str = ""  # what broke, for infra faults
-    saved_tokens: int = 0  # sampled before an engine died, and kept
+    saved_tokens: int = 0  # sampled before an engine or a worker died, and kept
 
     def __post_init__(self) -> None:
         if self.outcome is not Outcome.INFRA_FAULT and not np.isfinite(self.reward):

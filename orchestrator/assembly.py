@@ -139,9 +139,12 @@ def spawn(
     sampling: SamplingRecord | None = None,
     *,
     most_of: Mapping[str, int],
+    records: Path | None = None,
 ) -> Actors:
     """Start trainer, rollout actors and environment workers side by side; none of them has answered
-    yet. `most_of` is `concurrency_limits`. `sampling` takes down what they sample, for a replay."""
+    yet. `most_of` is `concurrency_limits`. `sampling` takes down what they sample, for a replay; in
+    the folder `records` workers keep what their episodes have so far, for whoever goes on with
+    them."""
     restarts = RestartBudget(config.run.max_restarts)
     plan = placement.plan(config, cluster.resources)
     recorder.event("placement", channel=plan.channel, carrier=plan.carrier, why=str(plan))
@@ -151,7 +154,9 @@ def spawn(
     trainer = _spawn_trainer(cluster, config, model_path, plan, watchdog)
     spawn: dict[Role, Callable[[int], Actor]] = {
         "rollout": lambda n: watchdog.watch(_spawn_engine(cluster, config, model_path, plan, n)),
-        "environments": lambda n: watchdog.watch(_spawn_worker(cluster, config, model_path, n)),
+        "environments": lambda n: watchdog.watch(
+            _spawn_worker(cluster, config, model_path, records, n)
+        ),
     }
     engines = [spawn["rollout"](number) for number in range(config.rollout.engines)]
     workers = [spawn["environments"](number) for number in range(config.environment.workers)]
@@ -248,12 +253,15 @@ def _spawn_engine(
     )
 
 
-def _spawn_worker(cluster: Cluster, config: Config, model_path: str, number: int) -> Actor:
+def _spawn_worker(
+    cluster: Cluster, config: Config, model_path: str, records: Path | None, number: int
+) -> Actor:
     settings = WorkerSettings(
         environment=config.environment.name,
         options=environment_options(config),
         tokenizer_path=model_path,
         memory_share=worker_memory_share(config),
+        records=str(records.resolve()) if records is not None else "",
     )
     return cluster.spawn(
         f"environment worker {number}",

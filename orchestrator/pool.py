@@ -10,7 +10,7 @@ import contextlib
 import zlib
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -188,9 +188,10 @@ class Pool:
         limits: EpisodeLimits,
         take_back: asyncio.Event | None = None,
     ) -> tuple[Rollout, bytes]:
-        """One finished rollout and its encoding. Episodes cut off by a lost worker are played again
-        without limit but `max_restarts`; those whose environment failed, `retries` times, then the
-        fault itself is returned. Raises `EpisodeTakenBack` once `take_back` is set."""
+        """One finished rollout and its encoding. Episodes cut off by a lost worker go on, or are
+        played again, without limit but `max_restarts`; those whose environment failed, `retries`
+        times, then the fault itself is returned. Raises `EpisodeTakenBack` once `take_back` is
+        set."""
         if self._sampling is not None:
             self._sampling.episode(
                 Episode(task=task, ticket=priority, attempt=attempt, seed=seed, limits=limits)
@@ -210,6 +211,7 @@ class Pool:
             waiting_for = f"episode {task.id}, attempt {attempt}"
             encoded = await self._seating.play(order, waiting_for, take_back)
             if encoded is None:
+                order = replace(order, life=order.life + 1)
                 continue
             rollout: Rollout = decode(encoded)
             self._count(rollout, task)

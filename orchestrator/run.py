@@ -36,6 +36,7 @@ from loopwright.orchestrator.tasks import TaskStream
 from loopwright.orchestrator.trackers import Trackers, open_trackers
 
 _START_FILE = "start.json"  # success before training
+_RECORDS = "episodes"  # what is being played, while the run lasts: actors/episode_record.py
 _MIN_FREE_BYTES = 200 << 20
 
 
@@ -80,6 +81,7 @@ async def run(loaded: Loaded, *, resume: bool) -> Ended:
         recorder.phase(cluster.description)
         if (exported := cluster.tracker(config.run.name)) is not None:
             trackers.join("ray", exported)
+        shutil.rmtree(folder / _RECORDS, ignore_errors=True)  # of a life of the run before this
         try:
             with _interrupt_on_sigterm():
                 parts = await _start(
@@ -92,6 +94,7 @@ async def run(loaded: Loaded, *, resume: bool) -> Ended:
                 await parts.close()
         finally:
             await asyncio.to_thread(cluster.shutdown)
+            shutil.rmtree(folder / _RECORDS, ignore_errors=True)
             await env.close()
 
 
@@ -228,9 +231,19 @@ def _parts(
     plan: warm_start.Plan,
     checkpoint: tuple[int, Path] | None,
 ) -> Parts:
-    sampling = SamplingRecord(folder / "ledger")
-    most_of = assembly.concurrency_limits(env)
-    actors = assembly.spawn(cluster, config, plan.base, recorder, sampling, most_of=most_of)
+    sampling, records = SamplingRecord(folder / "ledger"), None
+    if config.cluster.address != "none":  # else no worker can be lost
+        records = folder / _RECORDS
+        records.mkdir()
+    actors = assembly.spawn(
+        cluster,
+        config,
+        plan.base,
+        recorder,
+        sampling,
+        most_of=assembly.concurrency_limits(env),
+        records=records,
+    )
     r, run_ = config.rollout, config.run
     version = checkpoint[0] if checkpoint else 0
     schedule = assembly.schedule(config)

@@ -3,7 +3,8 @@ one of them is lost, or the episode is taken back.
 
 An episode stays with one engine for all its turns: its prefix is cached there. When that engine is
 lost the episode waits in its worker, with all its tokens, and goes on from exactly these on the
-next engine that has a seat. When its worker is lost, its world is: it is played again.
+next engine that has a seat. When its worker is lost, its world is: whoever plays it next brings a
+fresh one to the same place from the turns on record, or begins again (actors/episode_record.py).
 """
 
 import asyncio

@@ -111,6 +111,16 @@ class Chatty(Letters):
         return Step(observation=Observation(messages=[Message(role="user", content="more")]))
 
 
+class Forgetful(Chatty):
+    """Calls itself deterministic, and says how many worlds were begun before."""
+
+    async def step(self, action: str) -> Step:
+        """Count."""
+        await super().step(action)
+        begun = len(self.notes.read_text().splitlines())
+        return Step(observation=Observation(messages=[Message(role="user", content=str(begun))]))
+
+
 class Unbuildable(Letters):
     """Raises in its constructor."""
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from loopwright.actors.shared_memory import SEGMENT_FOLDER, SEGMENT_PREFIX
-from loopwright.algorithms.records import decode
+from loopwright.algorithms.records import Rollout, decode
 from loopwright.orchestrator.cli import DONE, FAILED, REFUSED, STOPPED, main
 from loopwright.orchestrator.ledger import FILE, audit, read
 from loopwright.orchestrator.parts import checkpoints
@@ -85,37 +85,35 @@ class TestProcesses:
         others = run.events("infra_fault") + run.events("actor_lost")
         assert run.ledger().checksums == expected, f"nobody else was hit? {others}"
 
-    def test_episodes_of_a_killed_engine_go_on_on_the_other_with_all_their_tokens(
+    def test_episodes_of_a_killed_engine_and_of_a_killed_worker_go_on_with_all_their_tokens(
         self, tmp_path: Path, model: str
     ) -> None:
         config = write_config(
-            tmp_path, model, environment="Chatty", address="local", steps=5, max_lag=1
+            tmp_path, model, environment="Chatty", address="local", steps=7, max_lag=1
         )
         options = f'environment.options={{folder = "{tmp_path}"}}'
         with DrivenRun(config, options, "rollout.engines=2", "rollout.concurrency=4") as run:
             run.wait("step 1", lambda: run.steps() >= 1)
-            os.kill(run.pid(ROLLOUT), signal.SIGKILL)
+            self._hit(run, ROLLOUT, signal.SIGKILL)
+            kept = _resumed(run)
+            assert kept, "somebody was in the middle of an episode"
+            assert max(_begun(tmp_path).values()) <= K, "no world was begun a second time"
+            os.kill(run.pid(WORKER), signal.SIGKILL)
             assert run.finish() == DONE, run.errors()
-            state = run.ledger()
-            rollouts = [decode(d) for group in state.rollouts.values() for d in group.values()]
-            resumed = [r for r in rollouts if r.saved_tokens]
-            assert resumed, "somebody was in the middle of an episode"
+            resumed = _resumed(run)
+            assert len(resumed) > len(kept), "another one has brought their worlds back"
+            assert run.events("infra_fault") == []
             for rollout in resumed:
                 (context,) = rollout.contexts
-                assert rollout.turns == 4 and rollout.saved_tokens < rollout.generated_tokens
+                assert rollout.turns == 4 and rollout.saved_tokens <= rollout.generated_tokens
                 assert (context.behavior_logprobs[context.action_mask] < 0).all()
-            begun = [
-                line
-                for line in (tmp_path / "begun.txt").read_text().splitlines()
-                if line.startswith("train")
-            ]
-            assert len(begun) >= len(rollouts)
-            per_task = Counter(begun)
-            assert max(per_task.values()) <= K, "no world was begun a second time"
+            again = sum(count > K for count in _begun(tmp_path).values())
+            assert again, "worlds end with their worker"
             counted = run.summary()["resumed"]
             assert counted["rollouts"] >= 1 and counted["saved_tokens"] >= 1
             assert run.summary()["mismatch"]["abs_max"] < 0.5, "their logprobs are the policy's"
-            assert_clean(run.folder, 5)
+            assert_clean(run.folder, 7)
+            assert not (run.folder / "episodes").exists()
             assert all(step.equal for step in replay(run.folder))
 
     def test_an_environment_that_blocks_its_worker_ends_the_run(
@@ -132,6 +130,18 @@ class TestProcesses:
             assert run.count("actor_back", WORKER) == 1
             assert "Traceback" not in run.errors() and "never retrieved" not in run.errors()
             assert run.processes() == []
+
+
+def _resumed(run: DrivenRun) -> list[Rollout]:
+    """The rollouts on record with tokens that outlived a process."""
+    groups = run.ledger().rollouts.values()
+    return [r for group in groups for r in map(decode, group.values()) if r.saved_tokens]
+
+
+def _begun(folder: Path) -> Counter[str]:
+    """How often a world of each training task was begun."""
+    lines = (folder / "begun.txt").read_text().splitlines()
+    return Counter(line for line in lines if line.startswith("train"))
 
 
 Said = pytest.CaptureFixture[str]
