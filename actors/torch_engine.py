@@ -237,4 +237,5 @@ class TorchEngine:
         if refused:  # outside the handler: an error must not keep a slot mapped
             raise EngineError(f"version {manifest.version} refused: {refused}")
         weights = model.prepare(received.weights)
-        return received, weights, model.prepare_adapter(received.adapter, received.scale)
+        adapter = model.prepare_adapter(received.adapter, received.scale, weights)
+        return received, weights, adapter

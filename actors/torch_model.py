@@ -25,6 +25,8 @@ _FIXED_ROPE = (
     "llama3",
     "yarn",
 )  # frequencies that do not depend on the length
+_FACTORS = {"lora_A": 0, "lora_B": 1}  # where the rank is in the factor's shape
+_MAGNITUDE = "lora_magnitude_vector"
 _NAMED = 5  # tensors an error names before it counts the rest
 
 
@@ -52,10 +54,12 @@ class StepInput:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """LoRA's factors of the adapted layers: W = base + scale * B A (Hu et al. 2021)."""
+    """LoRA's factors of the adapted layers: W = base + scale * B A (Hu et al. 2021); with DoRA's
+    magnitudes m (Liu et al. 2024, eq. 5) every row of that W is m / |row| of itself."""
 
     factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # A [r, in], B [out, r]
     scale: float
+    gains: Mapping[str, torch.Tensor]  # m / |row| [out] of a layer; empty without DoRA
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +70,16 @@ class _Linear:
     bias: torch.Tensor | None
     factors: tuple[torch.Tensor, torch.Tensor] | None
     scale: float
+    gain: torch.Tensor | None = None  # [out]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        out = functional.linear(x, self.weight, self.bias)
+        out = functional.linear(x, self.weight, self.bias if self.gain is None else None)
         if self.factors is not None:
             down, up = self.factors
             out = out.add_(functional.linear(functional.linear(x, down), up), alpha=self.scale)
+        if self.gain is not None:
+            out = out.mul_(self.gain)
+            out = out if self.bias is None else out.add_(self.bias)
         return out
 
 
@@ -156,24 +164,29 @@ class LeanModel:
             for name, tensor in given.items()
         }
 
-    def prepare_adapter(self, tensors: Mapping[str, torch.Tensor], scale: float) -> Adapter | None:
-        """The factors out of `layer.lora_A.weight` and `layer.lora_B.weight`; None for no tensors.
+    def prepare_adapter(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        scale: float,
+        weights: Mapping[str, torch.Tensor],
+    ) -> Adapter | None:
+        """The factors out of `layer.lora_A.weight` and `layer.lora_B.weight`, and DoRA's gains out
+        of `layer.lora_magnitude_vector.weight` and the base `weights`; None for no tensors.
 
         Raises `EngineError` naming what is no adapter of a linear layer of this model.
         """
-        factors: dict[str, list[torch.Tensor | None]] = {}
+        parts: dict[str, dict[str, torch.Tensor]] = {}
         wrong = []
         for name, tensor in tensors.items():
-            layer, _, factor = name.removesuffix(".weight").rpartition(".")
-            rank_at = {"lora_A": 0, "lora_B": 1}.get(factor)
+            layer, _, part = name.removesuffix(".weight").rpartition(".")
             base = self._shapes.get(f"{layer}.weight", ())
-            fits = rank_at is not None and layer.startswith("model.layers.") and len(base) == 2
-            if rank_at is None or not fits or tensor.shape[1 - rank_at] != base[1 - rank_at]:
+            fits = layer.startswith("model.layers.") and len(base) == 2
+            if not fits or not _fits(part, tuple(tensor.shape), base):
                 wrong.append(name)
                 continue
             moved = tensor.to(device=self.kv_shape.device, dtype=self.kv_shape.dtype)
-            factors.setdefault(layer, [None, None])[rank_at] = moved
-        wrong += [layer for layer, pair in factors.items() if None in pair]
+            parts.setdefault(layer, {})[part] = moved
+        wrong += [layer for layer, found in parts.items() if not found.keys() >= set(_FACTORS)]
         if wrong:
             raise EngineError(
                 f"adapter for this model: {len(wrong)} names do not fit: "
@@ -181,10 +194,16 @@ class LeanModel:
                 f'engine adds LoRA to linear layers; set rollout.channel = "shared_memory" for '
                 f"merged weights"
             )
-        if not factors:
+        if not parts:
             return None
-        pairs: dict[str, Any] = {layer: (pair[0], pair[1]) for layer, pair in factors.items()}
-        return Adapter(pairs, scale)
+        factors = {layer: (found["lora_A"], found["lora_B"]) for layer, found in parts.items()}
+        gains = {}
+        for layer, found in parts.items():
+            if _MAGNITUDE in found:
+                down, up = factors[layer]
+                merged = torch.addmm(weights[f"{layer}.weight"], up, down, alpha=scale)
+                gains[layer] = found[_MAGNITUDE] / torch.linalg.vector_norm(merged, dim=1)
+        return Adapter(factors, scale, gains)
 
     def install(self, weights: Mapping[str, torch.Tensor], adapter: Adapter | None = None) -> None:
         """Serve from `weights` and `adapter`, as `prepare` and `prepare_adapter` returned them.
@@ -356,19 +375,25 @@ def _check_supported(name: str, config: Any, max_context: int) -> None:
         raise EngineError(f"{name}: hidden_act {config.hidden_act!r}, expected 'silu'; {remedy}")
 
 
+def _fits(part: str, shape: tuple[int, ...], base: tuple[int, ...]) -> bool:
+    """Whether a part of an adapter belongs to a layer whose weight has the shape `base`."""
+    if part == _MAGNITUDE:
+        return shape == base[:1]
+    rank_at = _FACTORS.get(part)
+    return rank_at is not None and len(shape) == 2 and shape[1 - rank_at] == base[1 - rank_at]
+
+
 def _layer(weights: Mapping[str, torch.Tensor], adapter: Adapter | None, prefix: str) -> _Layer:
     def named(name: str) -> Any:  # None for tensors the architecture does not have
         return weights.get(f"{prefix}{name}.weight")
 
     def linear(name: str) -> _Linear:
         layer = f"{prefix}{name}"
-        factors = adapter.factors.get(layer) if adapter is not None else None
-        return _Linear(
-            weights[f"{layer}.weight"],
-            weights.get(f"{layer}.bias"),
-            factors,
-            adapter.scale if adapter is not None else 0.0,
-        )
+        weight, bias = weights[f"{layer}.weight"], weights.get(f"{layer}.bias")
+        if adapter is None:
+            return _Linear(weight, bias, None, 0.0)
+        factors, gain = adapter.factors.get(layer), adapter.gains.get(layer)
+        return _Linear(weight, bias, factors, adapter.scale, gain)
 
     return _Layer(
         input_norm=named("input_layernorm"),

@@ -48,6 +48,14 @@ def default_at(config: Config, key: str) -> Any:
     return type(getattr(config, table)).model_fields[name].get_default(call_default_factory=True)
 
 
+def served_apart(c: Config) -> bool:
+    """Whether the engines can add adapters of this kind to a base that they hold: vLLM refuses
+    DoRA."""
+    if c.model.adapter == "dora":
+        return c.rollout.engine == "torch"
+    return c.model.adapter in ("lora", "rslora")
+
+
 def _masks(c: Config) -> bool:
     """Whether the mismatch weight leaves out what lies outside two bounds."""
     return c.algorithm.mismatch in ("masked_is", "sequence_mask", "geometric_mask")
@@ -231,9 +239,12 @@ def _channel_limits(c: Config) -> Iterator[tuple[bool, str, str]]:
         "'auto', or model.lora_rank > 0: 'adapter' sends LoRA's A and B, and there are none",
     )
     yield (
-        r.channel != "adapter" or c.model.adapter in ("lora", "rslora"),
+        r.channel != "adapter" or served_apart(c),
         "rollout.channel",
-        f"'auto': 'adapter' sends LoRA's A and B, and model.adapter = {c.model.adapter!r} has "
+        "'auto', which publishes merged weights: vLLM serves no DoRA (rollout.engine = 'torch' "
+        "does)"
+        if c.model.adapter == "dora"
+        else f"'auto': 'adapter' sends LoRA's A and B, and model.adapter = {c.model.adapter!r} has "
         "other tensors; merged weights are published instead",
     )
     yield (

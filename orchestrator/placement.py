@@ -7,6 +7,7 @@ from typing import Any
 
 from loopwright.actors.channels.settings import Carrier, ChannelName
 from loopwright.configs.channels import carrier_of, channel_option
+from loopwright.configs.rules import served_apart
 from loopwright.configs.schema import Config
 from loopwright.orchestrator.resources import Needs, Resources
 
@@ -119,7 +120,8 @@ def _channel(config: Config, has: Resources, colocated: bool) -> tuple[ChannelNa
     vllm = config.rollout.engine == "vllm"
     slow_lora = vllm and device == "cpu"
     another_base = vllm and config.warm_start.demonstrations > 0  # it keeps the one it started with
-    if lora and not slow_lora and not another_base and config.model.adapter in ("lora", "rslora"):
+    apart = lora > 0 and served_apart(config)
+    if apart and not slow_lora and not another_base:
         return "adapter", f"model.lora_rank = {lora}: the base weights travel once"
     if colocated and device == "cuda":
         return "ipc", "trainer and engines share a GPU"
@@ -127,8 +129,11 @@ def _channel(config: Config, has: Resources, colocated: bool) -> tuple[ChannelNa
         return "shared_memory", "trainer and engines share one copy of the weights"
     if not _one_node(config, has, colocated):
         return "collective", "no node has room for the trainer and all engines"
-    if lora and slow_lora:
+    if apart and slow_lora:
         return "shared_memory", "merged weights: vLLM on a CPU serves LoRA at about half the speed"
+    if lora and not apart:
+        kind = f"model.adapter = {config.model.adapter!r}"
+        return "shared_memory", f"merged weights: {config.rollout.engine} serves no {kind} apart"
     return "shared_memory", "trainer and engines are on one host"
 
 

@@ -14,7 +14,9 @@ from tests.engine_conformance import EngineBench, Staged, prompts, reference_log
 from tests.weight_sources import Adapted, flip_bit
 
 
-def check_adapters(bench: EngineBench, tolerance: float, carrier: Any = "shared_memory") -> None:
+def check_adapters(
+    bench: EngineBench, tolerance: float, carrier: Any = "shared_memory", kind: str = "lora"
+) -> None:
     """Two adapters one after the other over a base that is published once; then a damaged one.
 
     The engine must have been started from `bench.model`, with room for adapters.
@@ -22,10 +24,10 @@ def check_adapters(bench: EngineBench, tolerance: float, carrier: Any = "shared_
     chosen = ChannelSettings(channel="adapter", carrier=carrier, bucket_bytes=1 << 14)
     channel, tokens = open_channel(chosen, "test-conformance"), prompts(20, [40])[0]
     base = bench.model
-    adapted = Adapted(base, 1)
+    adapted = Adapted(base, 1, kind)
     try:
         for seed in (1, 2):
-            adapted.model.load_state_dict(Adapted(base, seed).model.state_dict())
+            adapted.model.load_state_dict(Adapted(base, seed, kind).model.state_dict())
             source = BackendAdapters(adapted)
             manifest = channel.publish(bench.version + 1, source, ("engine/0",))
             assert manifest.kind == "adapter" and manifest.size_bytes < 100_000

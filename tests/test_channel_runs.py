@@ -32,6 +32,8 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
         (("rollout.channel=delta", COLLECTIVE), "delta over collective"),
         (("model.lora_rank=4",), "adapter over shared_memory (model.lora_rank = 4"),
         (("model.lora_rank=4", "rollout.channel=adapter", COLLECTIVE), "adapter over collective"),
+        (("model.lora_rank=4", "model.adapter=dora"), "adapter over shared_memory"),
+        (("model.lora_rank=4", "model.adapter=loha"), "torch serves no model.adapter = 'loha'"),
         (BY_TURNS, "share one copy of the weights"),
         ((*BY_TURNS, "model.lora_rank=4"), "adapter over shared_memory"),
         (("rollout.on_update=recompute",), "on one host"),
@@ -105,6 +107,16 @@ def test_too_few_devices_for_both_means_by_turns(tmp_path: Path) -> None:
             ),
             "rollout.channel",
             "the cloned ones",
+        ),
+        (
+            (
+                "rollout.channel=adapter",
+                "model.lora_rank=4",
+                "model.adapter=dora",
+                "rollout.engine=vllm",
+            ),
+            "rollout.channel",
+            "vLLM serves no DoRA",
         ),
         (("rollout.channel=delta", "model.lora_rank=4"), "rollout.channel", "change everywhere"),
         (

@@ -59,10 +59,14 @@ class TestTorchEngine(EngineConformance):
     resumes_exactly = True
 
 
-@pytest.mark.parametrize("carrier", ["shared_memory", "collective"])
-def test_adapters_are_added_to_a_base_that_came_once(tmp_path: Path, carrier: str) -> None:
+@pytest.mark.parametrize(
+    ("carrier", "kind"), [("shared_memory", "lora"), ("collective", "lora"), ("collective", "dora")]
+)
+def test_adapters_are_added_to_a_base_that_came_once(
+    tmp_path: Path, carrier: str, kind: str
+) -> None:
     with EngineBench(TorchEngine, tmp_path, tied=True, lora_rank=4) as bench:
-        check_adapters(bench, 1e-4, carrier)
+        check_adapters(bench, 1e-4, carrier, kind)
 
 
 SHAPE: dict[str, Any] = {

@@ -166,19 +166,22 @@ class ModelSource:
 
 
 class Adapted:
-    """As much of a trainer backend as the adapter channel reads: a model with random LoRA."""
+    """As much of a trainer backend as the adapter channel reads: a model with random LoRA, or
+    DoRA."""
 
-    def __init__(self, model: Any, seed: int) -> None:
+    def __init__(self, model: Any, seed: int, kind: str = "lora") -> None:
         from loopwright.actors.lora import add_adapters
 
         self.ranks = Ranks()
         self.model = add_adapters(
-            copy.deepcopy(model), kind="lora", rank=4, alpha=8.0, targets="all-linear"
+            copy.deepcopy(model), kind=kind, rank=4, alpha=8.0, targets="all-linear"
         )
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
-                if "lora_" in name:
+                if "lora_magnitude" in name:
+                    parameter.mul_(1 + torch.rand(parameter.shape, generator=generator))
+                elif "lora_" in name:
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
 
     def gather(self, names: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -1,6 +1,7 @@
 """LoRA without its base: the base weights travel once, then A and B of every adapted layer.
 
     W = base + scale · B·A        lora_A [r, in], lora_B [out, r]  (LoRA, Hu et al. 2021)
+    row of W · m / |row of W|     lora_magnitude_vector [out]      (DoRA, Liu et al. 2024)
 
 On one host the base lies in shared memory, and where the trainer can, its own frozen parameters
 become views of it: trainer and engines then hold one copy of the base weights between them.
@@ -21,7 +22,7 @@ from loopwright.actors.shared_memory import SharedWeights, unlink_stale
 from loopwright.actors.weights import ChannelLost, WeightError, WeightManifest, encode
 
 _PEFT_NAME = ".default"  # peft's own name for an adapter that has none
-_FACTORS = ("lora_A", "lora_B")
+_FACTORS = ("lora_A", "lora_B", "lora_magnitude_vector")
 
 
 class AdaptedSource(Protocol):
@@ -55,7 +56,8 @@ class BackendAdapters:
     """`AdaptedSource` of a trainer backend whose model carries peft's LoRA layers."""
 
     def __init__(self, backend: Any) -> None:
-        """Raises `WeightError` for adapters of another kind than LoRA, or with several scales."""
+        """Raises `WeightError` for adapters of another kind than LoRA and DoRA, or with several
+        scales."""
         from loopwright.actors.lora import adapted_layers
 
         self._backend = backend
@@ -72,7 +74,7 @@ class BackendAdapters:
                 self._names[name.replace(_PEFT_NAME, "")] = name
             else:
                 raise WeightError(
-                    f'rollout.channel = "adapter" carries LoRA\'s A and B; {name} is neither. Set '
+                    f'rollout.channel = "adapter" carries LoRA and DoRA; {name} is of neither. Set '
                     f'rollout.channel = "shared_memory", which publishes merged weights'
                 )
 
