@@ -27,6 +27,7 @@ from loopwright.actors.episode import (
 )
 from loopwright.actors.episode_record import EpisodeRecord, EpisodeRecords
 from loopwright.actors.memory_watch import MemoryWatch
+from loopwright.actors.model_identity import ModelIdentity, model_identity
 from loopwright.algorithms.records import Rollout, encode
 from loopwright.envs import registry
 from loopwright.envs.protocol import Env, decode_task
@@ -193,6 +194,10 @@ class EnvWorker:
         await asyncio.wait([playing.task], timeout=_TAKE_BACK_S)
         self._playing.pop(key, None)
         return playing.cut()
+
+    async def identity(self) -> ModelIdentity:
+        """The tokenizer it plays with."""
+        return await asyncio.to_thread(model_identity, self._settings.tokenizer_path)
 
     async def ping(self) -> dict[str, Any]:
         """Proof of life: process id, counters, and the `Footprint` if memory is watched."""

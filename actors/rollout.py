@@ -18,6 +18,7 @@ from loopwright.actors.engine import (
 )
 from loopwright.actors.envelopes import Answer, Envelope, PostOffice
 from loopwright.actors.episode import EngineLost
+from loopwright.actors.model_identity import ModelIdentity, model_identity
 from loopwright.actors.weights import WeightManifest
 from loopwright.configs.backends import load_backend
 
@@ -31,6 +32,7 @@ class RolloutActor:
     ) -> None:
         """`engine` is a name of `rollout.engine`, or what builds one that has no name there."""
         build = load_backend("rollout.engine", engine) if isinstance(engine, str) else engine
+        self._settings = settings
         self._engine: Engine = build(settings)
         self._post_office = PostOffice(self.generate, self.cancel)
         self._running: set[str] = set()  # request ids
@@ -101,6 +103,12 @@ class RolloutActor:
     async def probe(self, token_ids: np.ndarray) -> np.ndarray:
         """`Engine.probe`: logprobs [T-1] float32 of given tokens, to compare with the trainer's."""
         return await self._engine.probe(token_ids)
+
+    async def identity(self) -> ModelIdentity:
+        """What it was started from."""
+        return await asyncio.to_thread(
+            model_identity, self._settings.model_path, self._settings.dtype
+        )
 
     async def ping(self) -> EngineStats | None:
         """Proof of life; None before the engine is started."""

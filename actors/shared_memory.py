@@ -23,6 +23,7 @@ import mmap
 import os
 import re
 import secrets
+import shutil
 import struct
 import weakref
 from collections.abc import Iterable, Mapping
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
 SEGMENT_FOLDER = Path("/dev/shm")
 SEGMENT_PREFIX = "loopwright-"
+ADAPTER_PREFIX = f"{SEGMENT_PREFIX}adapter-"  # then the process id, a dot, and letters
 _RESERVE_BYTES = 1 << 20  # left free on /dev/shm
 _OFD_SETLK = 37  # fcntl(2): lock a byte range for an open file description, never waiting
 
@@ -144,6 +146,19 @@ def unlink_stale(name: str = "", *, keep: str = "") -> list[str]:
                 path.unlink()
         except (BlockingIOError, FileNotFoundError, PermissionError):
             continue  # a living writer's, already gone, or another user's
+        removed.append(path.name)
+    return removed + remove_stale_adapters()
+
+
+def remove_stale_adapters(folder: Path = SEGMENT_FOLDER) -> list[str]:
+    """Remove the adapter folders of engines that were killed while vLLM read them, and return their
+    names. Those of living processes are never touched."""
+    removed = []
+    for path in sorted(folder.glob(f"{ADAPTER_PREFIX}*.*")):
+        owner = path.name.removeprefix(ADAPTER_PREFIX).partition(".")[0]
+        if not owner.isdigit() or Path("/proc", owner).exists():
+            continue
+        shutil.rmtree(path, ignore_errors=True)
         removed.append(path.name)
     return removed
 

@@ -22,6 +22,7 @@ from loopwright.actors.channels.follower import Follower
 from loopwright.actors.channels.lowrank import projector_bases
 from loopwright.actors.channels.settings import ChannelSettings
 from loopwright.actors.dry_run import DryRun, dry_run, process_peak_bytes
+from loopwright.actors.model_identity import ModelIdentity, model_identity
 from loopwright.actors.out_of_memory import named
 from loopwright.actors.packed_forward import Sequences
 from loopwright.actors.ranks import Meeting, Ranks, join
@@ -57,6 +58,7 @@ class Trainer:
         self._backend: TrainerBackend | None = None
         self._channel_settings = channel or ChannelSettings()
         self._channel: WeightChannel | None = None  # opened by the first publish
+        self._holds = settings.model_path  # what its weights were loaded from
         if settings.ranks == 1:
             self._backend = self._build()
 
@@ -173,11 +175,13 @@ class Trainer:
         if rests_on_it and began and began != self.settings.model_path:
             self.reset(began)
         checkpoint.load(self.backend, Path(path))
+        self._holds = path
         return self.backend.step
 
     def reset(self, model_path: str) -> None:
         """Begin again at version 0 from the weights at `model_path`, with a fresh optimizer."""
         self.settings = replace(self.settings, model_path=model_path)
+        self._holds = model_path
         self._backend = None  # first: not two models at the same time
         self._backend = self._build()
 
@@ -201,6 +205,10 @@ class Trainer:
         for name, of_tensor in sorted(found.items()):
             total = zlib.crc32(f"{name}:{of_tensor:08x}".encode(), total)
         return total
+
+    def identity(self) -> ModelIdentity:
+        """What its weights were loaded from: a model, or a checkpoint with its tokenizer."""
+        return model_identity(self._holds, self.settings.dtype)
 
     def ping(self) -> dict[str, float]:
         """A sign of life: the last step taken and the process."""

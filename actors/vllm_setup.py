@@ -30,12 +30,19 @@ _OURS = {
 }  # fmt: skip
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
 _NAMED = 5  # tensors an error names before it says there are more
-_FIXED = (  # `update_weights` and the meaning of logprobs rest on these
-    "logprobs_mode",
-    "weight_transfer_config",
-    "worker_extension_cls",
-    "scheduling_policy",
-)
+_FIXED = {  # `update_weights` and the meaning of logprobs rest on these
+    "logprobs_mode": "logprobs are recorded at the sampling temperature",
+    "weight_transfer_config": "weights come from the trainer by rollout.channel",
+    "worker_extension_cls": "weights come from the trainer by rollout.channel",
+    "scheduling_policy": "the oldest group is served first",
+    "tokenizer": "tokens come and go as ids, in the trainer's own vocabulary",
+    "tokenizer_mode": "tokens come and go as ids, in the trainer's own vocabulary",
+    "skip_tokenizer_init": "tokens come and go as ids, in the trainer's own vocabulary",
+    "quantization": "the engine serves the weights that the trainer publishes, in its dtype",
+    "hf_overrides": "engine and trainer read one config.json",
+    "generation_config": "sampling is unfiltered, at rollout.temperature",
+    "override_generation_config": "sampling is unfiltered, at rollout.temperature",
+}
 
 
 def prepare_environment(settings: EngineSettings) -> None:
@@ -106,9 +113,7 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         if name in _OURS:
             raise EngineError(f"vllm option {name!r}: set `{_OURS[name]}` of the engine instead")
         if name in _FIXED:
-            raise EngineError(
-                f"vllm option {name!r} cannot be set: the engine's contract depends on it"
-            )
+            raise EngineError(f"vllm option {name!r} cannot be set: {_FIXED[name]}")
     arguments: dict[str, Any] = {
         "model": settings.model_path,
         "dtype": settings.dtype,

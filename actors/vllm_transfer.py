@@ -23,6 +23,7 @@ Imports vllm at module level: nothing but a vLLM worker imports this module.
 import ctypes
 import json
 import logging
+import os
 import shutil
 import signal
 import tempfile
@@ -46,7 +47,11 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from loopwright.actors.channels.receiver import Received, Receiver
-from loopwright.actors.shared_memory import SEGMENT_FOLDER
+from loopwright.actors.shared_memory import (
+    ADAPTER_PREFIX,
+    SEGMENT_FOLDER,
+    remove_stale_adapters,
+)
 from loopwright.actors.weights import (
     ChannelLost,
     WeightError,
@@ -183,6 +188,11 @@ class PublishedWeightsExtension:
             return answer | {"refusal": str(error)}
         return answer | {"checksums": dict(received.checksums)}
 
+    def forget_adapter_files(self) -> None:
+        """Remove what `receive_published_weights` wrote, once vLLM has loaded it."""
+        shutil.rmtree(_inbox.folder, ignore_errors=True)
+        _inbox.folder = ""
+
     def _compare_base(self, published: WeightManifest, received: Received) -> None:
         """The base that vLLM loaded is the one the adapter belongs to: its files are compared, for
         packed layers cannot be."""
@@ -202,7 +212,8 @@ def write_adapter(received: Received, former: str) -> str:
     compared."""
     if former:
         shutil.rmtree(former, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix="loopwright-adapter-", dir=SEGMENT_FOLDER))
+    remove_stale_adapters()
+    folder = Path(tempfile.mkdtemp(prefix=f"{ADAPTER_PREFIX}{os.getpid()}.", dir=SEGMENT_FOLDER))
     tensors = {f"{_PEFT_PREFIX}{name}": t.contiguous() for name, t in received.adapter.items()}
     rank = min(next(iter(received.adapter.values())).shape)
     layers = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in received.adapter}

@@ -142,3 +142,4 @@ class Updates:
             self.broken = f"vLLM took no adapter of version {version}; close it and start another"
             raise EngineError(f"adapter of version {version}: vLLM: {error}") from error
         self.adapter = LoRARequest("policy", 1, folder)
+        await llm.collective_rpc("forget_adapter_files")  # vLLM has read them

@@ -158,6 +158,11 @@ def _limits(c: Config) -> Iterator[tuple[bool, str, str]]:
         "algorithm.mismatch_low",
         f"less than algorithm.mismatch_cap = {c.algorithm.mismatch_cap}",
     )
+    yield (
+        not c.rollout.options or c.rollout.engine != "torch",
+        "rollout.options",
+        "none: rollout.engine = 'torch' has no options",
+    )
     yield from _channel_limits(c)
     yield from _rank_limits(c)
     yield (

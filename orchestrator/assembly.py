@@ -399,6 +399,19 @@ def check_trainer(config: Config) -> None:
         raise Refused(f"[trainer]: {error}") from error
 
 
+def check_engine(config: Config) -> None:
+    """Refuse options that an engine cannot take, before anything is started."""
+    from loopwright.actors.engine import EngineError
+    from loopwright.actors.vllm_setup import engine_arguments
+
+    if config.rollout.engine != "vllm":
+        return
+    try:
+        engine_arguments(engine_settings(config, config.model.path))
+    except EngineError as error:
+        raise Refused(f"rollout.options: {error}") from error
+
+
 def check_model(path: str) -> None:
     """Refuse a model path that cannot be one, before anything is started."""
     if path == "tiny":

@@ -1,4 +1,5 @@
-"""Sampler and trainer mean the same by a logprob: checked before the first episode, not assumed."""
+"""Workers, samplers and trainer mean the same by a token and by its logprob: checked before the
+first episode, not assumed."""
 
 import numpy as np
 
@@ -12,6 +13,19 @@ _PROBE = np.arange(1, 33, dtype=np.int32)  # any tokens will do, and every vocab
 
 class ParityError(RunError):
     """An engine's logprobs are not the trainer's: what it samples would be trained on wrongly."""
+
+
+async def check_identity(training: Training, pool: Pool) -> None:
+    """Raises `ParityError` naming who was started from another tokenizer or dtype than the trainer,
+    and in what they differ."""
+    ours = await training.identity()
+    for name, theirs in (await pool.identities()).items():
+        if found := theirs.differences(ours):
+            raise ParityError(
+                f"{name}: not the trainer's {', '.join(found)}: it was started from "
+                f"{theirs.path}, the trainer from {ours.path}; tokens of the one mean other things "
+                "to the other. Give both the same files, or begin a new run"
+            )
 
 
 async def check_parity(training: Training, pool: Pool, dtype: str) -> float:

@@ -11,7 +11,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -34,6 +34,9 @@ from loopwright.orchestrator.relief import Relief
 from loopwright.orchestrator.sampling_record import Episode, SamplingRecord
 from loopwright.orchestrator.seating import Seating
 from loopwright.orchestrator.upbringing import until_up
+
+if TYPE_CHECKING:
+    from loopwright.actors.model_identity import ModelIdentity
 
 T = TypeVar("T")
 Role = Literal["rollout", "environments"]  # the two kinds of members
@@ -164,6 +167,19 @@ class Pool:
         """Every engine takes the weights and proves it. An engine that dies meanwhile is restarted
         and then given them; raises `WeightsNotProven` with the names of the tensors that differ."""
         return await self._delivery.publish(manifest, self._taking_part)
+
+    async def identities(self) -> "dict[str, ModelIdentity]":
+        """Who -> what it was started from, of every engine and worker that is ready."""
+        members = [m for m in self._engines + self._workers if m.ready.is_set()]
+        found = await first_exception(
+            *(
+                m.actor.call(
+                    "identity", timeout_s=self._deadlines.start_s, waiting_for="its tokenizer"
+                )
+                for m in members
+            )
+        )
+        return {m.actor.name: identity for m, identity in zip(members, found, strict=True)}
 
     async def probe(self, token_ids: np.ndarray) -> dict[str, np.ndarray]:
         """Engine by name -> its logprobs [T-1] of given tokens [T]."""

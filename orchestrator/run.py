@@ -22,7 +22,7 @@ from loopwright.orchestrator.faults import Refused, RunError
 from loopwright.orchestrator.groups import Groups
 from loopwright.orchestrator.ledger import Ledger
 from loopwright.orchestrator.loop import train
-from loopwright.orchestrator.parity import check_parity
+from loopwright.orchestrator.parity import check_identity, check_parity
 from loopwright.orchestrator.parts import Parts, checkpoints, read_run_state
 from loopwright.orchestrator.picture import draw
 from loopwright.orchestrator.placement import fixed_sizes
@@ -114,6 +114,7 @@ def prepare_folder(loaded: Loaded, resume: bool) -> Path:
     config = loaded.config
     assembly.check_model(config.model.path)
     assembly.check_trainer(config)
+    assembly.check_engine(config)
     folder = run_folder(config)
     started = (folder / "config.toml").exists()
     if started and not resume:
@@ -190,6 +191,7 @@ async def _bring_up(
         parts.recorder.rehearsed(memory.sentence(), memory.event())
         manifest = await parts.training.publish(parts.buffer.version, parts.pool.members())
         reports = await parts.pool.start(manifest)
+        await check_identity(parts.training, parts.pool)
         parity = await check_parity(parts.training, parts.pool, config.model.dtype)
     parts.recorder.published(manifest, reports)
     parts.recorder.event("parity", logprob_difference_max=parity)

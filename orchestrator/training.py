@@ -29,6 +29,7 @@ from loopwright.orchestrator.upbringing import not_back
 
 if TYPE_CHECKING:
     from loopwright.actors.dry_run import DryRun
+    from loopwright.actors.model_identity import ModelIdentity
 
 T = TypeVar("T")
 _CLOSE_S = 10.0
@@ -118,6 +119,15 @@ class Training:
 
         async def call() -> np.ndarray:
             found: np.ndarray = await self._call("probe", token_ids, waiting_for="probe")
+            return found
+
+        return await self._robustly(call)
+
+    async def identity(self) -> ModelIdentity:
+        """What its weights were loaded from."""
+
+        async def call() -> ModelIdentity:
+            found: ModelIdentity = await self._call("identity", waiting_for="its tokenizer")
             return found
 
         return await self._robustly(call)

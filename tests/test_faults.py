@@ -179,6 +179,36 @@ class TestRefused:
         assert "model.path" in told and "nowhere" in told and "config.json" in told
         assert not (tmp_path / "runs").exists()
 
+    @pytest.mark.parametrize(
+        ("overrides", "expected"),
+        [
+            (
+                ("rollout.engine=vllm", 'rollout.options={tokenizer="gpt2"}'),
+                "rollout.options: vllm option 'tokenizer' cannot be set: tokens come and go as ids",
+            ),
+            (
+                ("rollout.engine=vllm", 'rollout.options={dtype="bfloat16"}'),
+                "vllm option 'dtype': set `dtype` of the engine instead",
+            ),
+            (("rollout.options={quantization=true}",), "rollout.engine = 'torch' has no options"),
+            (("rollout.max_lag=-1",), "rollout.max_lag = -1"),
+            (("rollout.top_p=0.9",), "recorded logprobs differ from the policy's"),
+            (("rollout.group_size=1",), "compares rollouts of one task"),
+            (("cluster.placement=colocated", "rollout.max_lag=1"), "colocated they take turns"),
+        ],
+    )
+    def test_what_engine_and_trainer_cannot_agree_on(
+        self,
+        tmp_path: Path,
+        model: str,
+        capsys: Said,
+        overrides: tuple[str, ...],
+        expected: str,
+    ) -> None:
+        assert train(write_config(tmp_path, model), *overrides) == REFUSED
+        assert expected in capsys.readouterr().err
+        assert not (tmp_path / "runs").exists()
+
     def test_an_environment_that_cannot_be_constructed(
         self, tmp_path: Path, model: str, capsys: Said
     ) -> None:

@@ -2,13 +2,16 @@
 
 import asyncio
 import json
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from loopwright.orchestrator.cli import DONE
+from loopwright.actors.model_identity import model_identity
+from loopwright.actors.tiny_model import train_tokenizer
+from loopwright.orchestrator.cli import DONE, FAILED
 from loopwright.orchestrator.parity import ParityError, check_parity
 from tests.tiny_run import train
 
@@ -45,6 +48,41 @@ def test_an_engine_that_differs_is_named() -> None:
 def test_an_engine_that_answers_nonsense_is_refused() -> None:
     with pytest.raises(ParityError, match="nan"):
         check({"rollout 0": float("nan")})
+
+
+def test_another_tokenizer_is_refused_when_a_run_is_resumed(
+    tmp_path: Path, policy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(policy, model)
+    overrides = ("run.steps=1", "evaluation.tasks=1")
+    assert train(tmp_path, str(model), *overrides)[0] == DONE
+    template = next(path for path in model.iterdir() if "chat_template" in path.name)
+    template.write_text(template.read_text() + "{# another #}")
+    code, _ = train(tmp_path, str(model), "run.steps=2", "evaluation.tasks=1", resume=True)
+    assert code == FAILED
+    told = capsys.readouterr().err.rstrip().rpartition("\n")[2]
+    assert told.startswith("loopwright: rollout 0: not the trainer's chat template")
+    assert str(model) in told and "step-1" in told
+
+
+@pytest.mark.parametrize(
+    ("path", "dtype", "expected"),
+    [
+        ("", "float32", []),
+        ("", "bfloat16", ["dtype (bfloat16 and float32)"]),
+        ("", "", []),  # an environment worker holds no weights
+        ("another", "float32", ["rules", "vocabulary"]),
+    ],
+)
+def test_what_differs_is_told(
+    tmp_path: Path, policy: str, path: str, dtype: str, expected: list[str]
+) -> None:
+    if path:
+        train_tokenizer(["other words 1 2 3"] * 3, vocab_size=290).save_pretrained(tmp_path / path)
+        path = str(tmp_path / path)
+    other = model_identity(path or policy, dtype)
+    assert other.differences(model_identity(policy, "float32")) == expected
 
 
 def test_a_run_checks_its_engine_first(tmp_path: Path, policy: str) -> None:

@@ -55,7 +55,13 @@ def test_the_torchvision_trap_is_explained() -> None:
 
 @pytest.mark.parametrize(
     ("option", "text"),
-    [("max_model_len", "set `max_context`"), ("logprobs_mode", "cannot be set")],
+    [
+        ("max_model_len", "set `max_context`"),
+        ("dtype", "set `dtype`"),
+        ("logprobs_mode", "cannot be set"),
+        ("tokenizer", "in the trainer's own vocabulary"),
+        ("quantization", "the weights that the trainer publishes"),
+    ],
 )
 def test_options_that_are_not_free_are_refused(option: str, text: str) -> None:
     with pytest.raises(EngineError, match=text):

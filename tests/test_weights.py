@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from loopwright.actors.shared_memory import SEGMENT_FOLDER, SharedWeights, attach, unlink_stale
+from loopwright.actors.shared_memory import (
+    ADAPTER_PREFIX,
+    SEGMENT_FOLDER,
+    SharedWeights,
+    attach,
+    remove_stale_adapters,
+    unlink_stale,
+)
 from loopwright.actors.weights import (
     WeightError,
     WeightManifest,
@@ -242,3 +249,15 @@ def test_a_killed_writers_segment_serves_readers_until_unlinked() -> None:
         assert torch.equal(attach(living.write(2, {"w": torch.zeros(4)}))["w"], torch.zeros(4))
     finally:
         living.close()
+
+
+def test_adapter_folders_of_ended_processes_are_removed(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for owner in (ended.pid, os.getpid()):
+        folder = tmp_path / f"{ADAPTER_PREFIX}{owner}.abcdefgh"
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text("{}")
+    (tmp_path / f"{ADAPTER_PREFIX}run-1-0123abcd").touch()  # a run of this name
+    assert remove_stale_adapters(tmp_path) == [f"{ADAPTER_PREFIX}{ended.pid}.abcdefgh"]
+    assert len(list(tmp_path.iterdir())) == 2
