@@ -2,7 +2,8 @@
 
     PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/async_vs_sync.py [--model FOLDER] [--out ...]
 
-The same configuration, seed, policy and number of steps, with `rollout.max_lag` 0, 1 and 2; all of
+The same configuration, seed, policy and number of steps, with `rollout.max_lag` 0, 1 and 2; the
+world is one of long-tailed lengths (`--lengths world`: the configuration's own); all of
 a run (Ray, trainer, engine, environment worker, controller) shares `--cores` CPUs. The learning
 rate is close to 0, so that every run samples from the same policy and its episodes are as long.
 A step's seconds are those between the records of two steps, after the first `--skip` steps; the
@@ -21,6 +22,7 @@ import itertools
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,6 +33,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loopwright.algorithms.records import decode
+from loopwright.orchestrator import ledger
+
 _ALWAYS = (
     "run.eval_every=0",
     "run.checkpoint_every=0",
@@ -39,6 +44,12 @@ _ALWAYS = (
     "trainer.lr=1e-9",
     "warm_start.demonstrations=0",
     "cluster.address=local",
+)
+_LONG_TAIL = (  # log-normal turns, cv 1, at most ten times the mean
+    f"environment.name={Path(__file__).with_name('long_tail_world.py')}:LongTail",
+    "environment.options={mean_turns=3.0, cv=1.0}",
+    "environment.max_turns=0",
+    "environment.max_new_tokens=12",
 )
 _TIME_LIMIT_S = 1800
 _MARK = "LOOPWRIGHT_BENCHMARK_RUN"  # in the environment of a run's processes
@@ -57,6 +68,7 @@ class Timing:
     publish_s: float
     tokens: float  # generated, per step
     lag_mean: float
+    lengths: dict[str, float] = field(default_factory=dict)  # tokens of a trained rollout
     cpu_s: dict[str, float] = field(default_factory=dict)  # a step, by kind of process
     others_frac: float = 0.0  # of all CPUs, taken by what is not of the run
 
@@ -82,7 +94,8 @@ def main() -> int:
         for repeat in range(arguments.repeats):
             for lag in arguments.lags:
                 rows, used = _train(prefix, arguments, folder, model, lag, repeat)
-                repeats[lag].append(timing(lag, rows[arguments.skip :], used))
+                found = lengths(folder / _name(lag, repeat))
+                repeats[lag].append(timing(lag, rows[arguments.skip :], used, found))
                 print(f"  {repeats[lag][-1].step_s:.2f} s a step", flush=True)
     timings = [min(found, key=lambda t: t.step_s) for found in repeats.values()]
     print(table(timings))
@@ -90,7 +103,7 @@ def main() -> int:
         figures = {
             "cores": arguments.cores,
             "load_1min": os.getloadavg()[0],
-            "settings": [arguments.config, *arguments.overrides],
+            "settings": [arguments.config, arguments.lengths, *arguments.overrides],
             "bound": bound(timings[0]),
             "timings": [asdict(t) for t in timings],
             "repeats_step_s": {lag: [t.step_s for t in ts] for lag, ts in repeats.items()},
@@ -99,7 +112,24 @@ def main() -> int:
     return 0
 
 
-def timing(max_lag: int, rows: Sequence[dict[str, Any]], used: tuple[Used, Used]) -> Timing:
+def lengths(run: Path) -> dict[str, float]:
+    """How long a run's rollouts are, in generated tokens: mean, cv, and longest over mean."""
+    state = ledger.read(run / "ledger" / ledger.FILE)
+    tokens = [
+        float(decode(rollout).generated_tokens)
+        for attempts in state.rollouts.values()
+        for rollout in attempts.values()
+    ]
+    mean = statistics.fmean(tokens)
+    return {"mean": mean, "cv": statistics.pstdev(tokens) / mean, "longest": max(tokens) / mean}
+
+
+def timing(
+    max_lag: int,
+    rows: Sequence[dict[str, Any]],
+    used: tuple[Used, Used],
+    lengths: dict[str, float],
+) -> Timing:
     """Means of `rows`, metrics of consecutive steps with `step_s` added, and of what was `used`
     from one step to another."""
     first, last = used
@@ -119,6 +149,7 @@ def timing(max_lag: int, rows: Sequence[dict[str, Any]], used: tuple[Used, Used]
         publish_s=mean("time/publish_s"),
         tokens=mean("rollout/generated_tokens"),
         lag_mean=mean("rollout/lag_mean"),
+        lengths=lengths,
         cpu_s={k: (v - first.run_s.get(k, 0.0)) / steps for k, v in sorted(last.run_s.items())},
         others_frac=elsewhere / (last.at_s - first.at_s) / (os.cpu_count() or 1),
     )
@@ -143,6 +174,11 @@ def table(timings: Sequence[Timing]) -> str:
     generating = sync.take_s / sync.step_s
     training = (sync.train_s + sync.publish_s) / sync.step_s
     lines.append(f"shares of a synchronous step: g {generating:.2f}, t {training:.2f}")
+    lines.append(
+        "tokens of a rollout: mean {mean:.0f}, cv {cv:.2f}, longest {longest:.1f} means".format(
+            **sync.lengths
+        )
+    )
     kinds = sorted({kind for t in timings for kind in t.cpu_s})
     lines.append("CPU s a step   all  " + "  ".join(f"{kind:>11}" for kind in kinds) + "  others")
     for t in timings:
@@ -158,6 +194,7 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--config", default="quickstart", help="preset or .toml file")
     parser.add_argument("--model", default="", help="policy; default: a short warm start here")
+    parser.add_argument("--lengths", choices=["long-tail", "world"], default="long-tail")
     parser.add_argument("--lags", type=int, nargs="+", default=[0, 1, 2], help="0 comes first")
     parser.add_argument("--steps", type=int, default=8, help="of each run")
     parser.add_argument("--skip", type=int, default=2, help="first steps left out, at least 1")
@@ -251,6 +288,10 @@ def _warm_start(prefix: Sequence[str], arguments: argparse.Namespace, folder: Pa
     return str(folder / "policy" / "warm_start")
 
 
+def _name(lag: int, repeat: int) -> str:
+    return f"lag-{lag}-{repeat}"
+
+
 def _train(
     prefix: Sequence[str],
     arguments: argparse.Namespace,
@@ -261,9 +302,10 @@ def _train(
 ) -> tuple[list[dict[str, Any]], tuple[Used, Used]]:
     """One run; the metrics of its steps, from the second on with the seconds since the last, and
     what was used at the first and the last measured one."""
-    name = f"lag-{lag}-{repeat}"
+    name = _name(lag, repeat)
     print(f"{name}: {arguments.steps} steps, load {os.getloadavg()[0]:.1f} ...", flush=True)
-    overrides = [*arguments.overrides, *_ALWAYS, f"model.path={model}", f"run.dir={folder}"]
+    overrides = [*(_LONG_TAIL if arguments.lengths == "long-tail" else ()), *arguments.overrides]
+    overrides += [*_ALWAYS, f"model.path={model}", f"run.dir={folder}"]
     overrides += [f"run.name={name}", f"run.steps={arguments.steps}", f"rollout.max_lag={lag}"]
     run = _Run(prefix, ["train", arguments.config, *_settings(overrides)], f"{folder}/{name}")
     first = run.used_at(folder / name, arguments.skip)
