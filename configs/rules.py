@@ -158,11 +158,6 @@ def _limits(c: Config) -> Iterator[tuple[bool, str, str]]:
         "algorithm.mismatch_low",
         f"less than algorithm.mismatch_cap = {c.algorithm.mismatch_cap}",
     )
-    yield (
-        not c.rollout.options or c.rollout.engine != "torch",
-        "rollout.options",
-        "none: rollout.engine = 'torch' has no options",
-    )
     yield from _channel_limits(c)
     yield from _rank_limits(c)
     yield (
@@ -187,7 +182,7 @@ def _device_limits(c: Config) -> Iterator[tuple[bool, str, str]]:
 
 
 def _rank_limits(c: Config) -> Iterator[tuple[bool, str, str]]:
-    """What several trainer processes ask for."""
+    """What several trainer processes ask for, and what backends and engines have no options."""
     ranks = c.trainer.ranks
     yield (
         ranks == 1 or c.trainer.backend != "torch",
@@ -208,6 +203,11 @@ def _rank_limits(c: Config) -> Iterator[tuple[bool, str, str]]:
         not c.trainer.backend_options or c.trainer.backend != "torch",
         "trainer.backend_options",
         "none: trainer.backend = 'torch' has no options",
+    )
+    yield (
+        not c.rollout.options or c.rollout.engine != "torch",
+        "rollout.options",
+        "none: rollout.engine = 'torch' has no options",
     )
 
 

@@ -37,15 +37,17 @@ def _use(summary: Mapping[str, Any]) -> list[str]:
     """What was sampled for nothing, and who waited."""
     unused, idle, publish = summary["unused"], summary["idle"], summary["publish"]
     engines = ", ".join(
-        f"{name.removesuffix('_frac').replace('_', ' ')} {value:.0%}"
-        for name, value in idle.items()
-        if name != "trainer_frac"
+        f"{name.replace('_', ' ')} {idle[f'{name}_frac']:.0%} ({speed:.0f} tokens/s)"
+        for name, speed in summary["tokens_per_s"].items()
     )
+    resumed, kept = summary["resumed"], ""
+    if resumed["rollouts"]:
+        kept = f"; kept {resumed['saved_tokens']} tokens that lost processes had paid for"
     return [
         f"idle: trainer {idle['trainer_frac']:.0%}{', ' if engines else ''}{engines}; published "
         f"{publish['size_bytes'] / 1e6:.1f} MB in {publish['seconds']:.1f} s; cancelled "
         f"{unused['cancelled_rollouts']} rollouts ({unused['cancelled_tokens']} tokens), discarded "
-        f"{unused['discarded_rollouts']} ({unused['discarded_tokens']} tokens)"
+        f"{unused['discarded_rollouts']} ({unused['discarded_tokens']} tokens){kept}"
     ]
 
 

@@ -92,9 +92,13 @@ class TestProcesses:
             tmp_path, model, environment="Chatty", address="local", steps=7, max_lag=1
         )
         options = f'environment.options={{folder = "{tmp_path}"}}'
-        with DrivenRun(config, options, "rollout.engines=2", "rollout.concurrency=4") as run:
+        # weights over the network: the chain of engines is formed anew without the dead one
+        network = ("rollout.channel=delta", 'rollout.channel_options={carrier="collective"}')
+        engines = ("rollout.engines=2", "rollout.concurrency=4")
+        with DrivenRun(config, options, *engines, *network) as run:
             run.wait("step 1", lambda: run.steps() >= 1)
             self._hit(run, ROLLOUT, signal.SIGKILL)
+            assert run.count("actor_lost", "rollout 1") == 0, "the other one serves on"
             kept = _resumed(run)
             assert kept, "somebody was in the middle of an episode"
             assert max(_begun(tmp_path).values()) <= K, "no world was begun a second time"
