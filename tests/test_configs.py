@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -231,6 +231,7 @@ def test_what_is_printed_loads_back_to_the_same(minimal: Path, explain: bool) ->
     assert load(minimal).config == loaded.config
 
 
+@settings(deadline=None)
 @given(
     st.recursive(
         st.booleans()

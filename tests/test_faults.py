@@ -97,22 +97,24 @@ class TestProcesses:
         engines = ("rollout.engines=2", "rollout.concurrency=4")
         with DrivenRun(config, options, *engines, *network) as run:
             run.wait("step 1", lambda: run.steps() >= 1)
-            self._hit(run, ROLLOUT, signal.SIGKILL)
-            assert run.count("actor_lost", "rollout 1") == 0, "the other one serves on"
-            kept = _resumed(run)
-            assert kept, "somebody was in the middle of an episode"
-            assert max(_begun(tmp_path).values()) <= K, "no world was begun a second time"
             os.kill(run.pid(WORKER), signal.SIGKILL)
-            assert run.finish() == DONE, run.errors()
-            resumed = _resumed(run)
-            assert len(resumed) > len(kept), "another one has brought their worlds back"
+            run.wait("step 3: what was in the making is trained on", lambda: run.steps() >= 3)
+            assert _resumed(run), "a world was brought back"
+            begun_again = _begun_again(tmp_path)
+            assert begun_again, "worlds end with their worker"
+            os.kill(run.pid(ROLLOUT), signal.SIGKILL)
+            assert run.finish(240) == DONE, run.errors()
+            assert run.count("actor_lost", "rollout 1") == 0, "the other one serves on"
             assert run.events("infra_fault") == []
+            assert _begun_again(tmp_path) == begun_again, "no world ends with an engine"
+            resumed = _resumed(run)
             for rollout in resumed:
                 (context,) = rollout.contexts
                 assert rollout.turns == 4 and rollout.saved_tokens <= rollout.generated_tokens
                 assert (context.behavior_logprobs[context.action_mask] < 0).all()
-            again = sum(count > K for count in _begun(tmp_path).values())
-            assert again, "worlds end with their worker"
+            tasks = {r.task_id for r in resumed}
+            assert tasks & set(begun_again), "of a lost worker"
+            assert tasks - set(begun_again), "of a lost engine"
             counted = run.summary()["resumed"]
             assert counted["rollouts"] >= 1 and counted["saved_tokens"] >= 1
             assert run.summary()["mismatch"]["abs_max"] < 0.5, "their logprobs are the policy's"
@@ -142,10 +144,11 @@ def _resumed(run: DrivenRun) -> list[Rollout]:
     return [r for group in groups for r in map(decode, group.values()) if r.saved_tokens]
 
 
-def _begun(folder: Path) -> Counter[str]:
-    """How often a world of each training task was begun."""
+def _begun_again(folder: Path) -> list[str]:
+    """Training tasks of which more worlds were begun than a group has."""
     lines = (folder / "begun.txt").read_text().splitlines()
-    return Counter(line for line in lines if line.startswith("train"))
+    counts = Counter(line for line in lines if line.startswith("train"))
+    return sorted(task for task, count in counts.items() if count > K)
 
 
 Said = pytest.CaptureFixture[str]
