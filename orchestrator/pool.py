@@ -169,30 +169,18 @@ class Pool:
         return await self._delivery.publish(manifest, self._taking_part)
 
     async def identities(self) -> "dict[str, ModelIdentity]":
-        """Who -> what it was started from, of every engine and worker that is ready."""
-        members = [m for m in self._engines + self._workers if m.ready.is_set()]
-        found = await first_exception(
-            *(
-                m.actor.call(
-                    "identity", timeout_s=self._deadlines.start_s, waiting_for="its tokenizer"
-                )
-                for m in members
-            )
-        )
-        return {m.actor.name: identity for m, identity in zip(members, found, strict=True)}
+        """Who -> what it was started from, of every engine and worker that serves."""
+        return await self._ask([*self._engines, *self._workers], "identity")
 
     async def probe(self, token_ids: np.ndarray) -> dict[str, np.ndarray]:
         """Engine by name -> its logprobs [T-1] of given tokens [T]."""
-        engines = [m for m in self._engines if m.serving]
-        found = await first_exception(
-            *(
-                m.actor.call(
-                    "probe", token_ids, timeout_s=self._deadlines.publish_s, waiting_for="probe"
-                )
-                for m in engines
-            )
-        )
-        return {m.actor.name: logprobs for m, logprobs in zip(engines, found, strict=True)}
+        return await self._ask(self._engines, "probe", token_ids)
+
+    async def _ask(self, members: list[Member], method: str, *args: Any) -> dict[str, Any]:
+        serving = [m for m in members if m.serving]
+        limits: dict[str, Any] = {"timeout_s": self._deadlines.publish_s, "waiting_for": method}
+        found = await first_exception(*(m.actor.call(method, *args, **limits) for m in serving))
+        return {m.actor.name: answer for m, answer in zip(serving, found, strict=True)}
 
     async def play(
         self,
@@ -204,10 +192,9 @@ class Pool:
         limits: EpisodeLimits,
         take_back: asyncio.Event | None = None,
     ) -> tuple[Rollout, bytes]:
-        """One finished rollout and its encoding. Episodes cut off by a lost worker go on, or are
-        played again, without limit but `max_restarts`; those whose environment failed, `retries`
-        times, then the fault itself is returned. Raises `EpisodeTakenBack` once `take_back` is
-        set."""
+        """One finished rollout and its encoding. Episodes cut off by a lost worker go on, limited
+        by `max_restarts` alone; those whose environment failed are played again, `retries` times,
+        then the fault itself is returned. Raises `EpisodeTakenBack` once `take_back` is set."""
         if self._sampling is not None:
             self._sampling.episode(
                 Episode(task=task, ticket=priority, attempt=attempt, seed=seed, limits=limits)
