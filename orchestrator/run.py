@@ -223,6 +223,24 @@ async def _initial_and_clone(parts: Parts, plan: warm_start.Plan) -> None:
     recorder.success["warm_start"] = await parts.evaluate(0)
 
 
+def _actors(
+    config: Config, folder: Path, env: Env, cluster: Cluster, recorder: Recorder, model: str
+) -> assembly.Actors:
+    records = None
+    if config.cluster.address != "none":  # else no worker can be lost
+        records = folder / _RECORDS
+        records.mkdir()
+    return assembly.spawn(
+        cluster,
+        config,
+        model,
+        recorder,
+        SamplingRecord(folder / "ledger"),
+        most_of=assembly.concurrency_limits(env),
+        records=records,
+    )
+
+
 def _parts(
     config: Config,
     folder: Path,
@@ -233,19 +251,7 @@ def _parts(
     plan: warm_start.Plan,
     checkpoint: tuple[int, Path] | None,
 ) -> Parts:
-    sampling, records = SamplingRecord(folder / "ledger"), None
-    if config.cluster.address != "none":  # else no worker can be lost
-        records = folder / _RECORDS
-        records.mkdir()
-    actors = assembly.spawn(
-        cluster,
-        config,
-        plan.base,
-        recorder,
-        sampling,
-        most_of=assembly.concurrency_limits(env),
-        records=records,
-    )
+    actors = _actors(config, folder, env, cluster, recorder, plan.base)
     r, run_ = config.rollout, config.run
     version = checkpoint[0] if checkpoint else 0
     schedule = assembly.schedule(config)
