@@ -78,8 +78,8 @@ def _played_by_two(
     async def body() -> tuple[Rollout, Numbered, Numbered]:
         lost, next_one = EnvWorker(settings), EnvWorker(settings)
         before, after = Numbered(turns), Numbered(99)
-        await lost.start([before])
-        await next_one.start([after])
+        await lost.start({0: before})
+        await next_one.start({0: after})
         playing = asyncio.create_task(lost.play(ORDER))
         await before.silent.wait()
         # a process that is killed leaves its file as it is, maybe with a torn end
