@@ -1,8 +1,13 @@
 """Programs for tests: agents that own their loop."""
 
 import asyncio
+import json
 from collections.abc import Iterator
+from typing import Any
 
+import aiohttp
+
+from loopwright.envs.model_server import serving
 from loopwright.envs.program import Model
 from loopwright.envs.protocol import EnvSpec, Message, Task, Verdict
 
@@ -21,6 +26,7 @@ class Relay:
     def __init__(self, fails: bool = False) -> None:
         self.fails = fails
         self.wanted = self.said = ""
+        self.refusal: Any = None
 
     def tasks(self, split: str, seed: int) -> Iterator[Task]:
         """Numbers, odd ones held out."""
@@ -56,3 +62,42 @@ class Silent(Relay):
 
     async def run(self, task: Task, model: Model) -> None:
         """Ends at once."""
+
+
+class Harness(Relay):
+    """An agent that speaks HTTP: one tool call, then its answer, streamed."""
+
+    async def run(self, task: Task, model: Model) -> None:
+        """Two requests of one conversation, after one that is refused."""
+        self.wanted, self.said = f"n{task.seed}", ""
+        async with serving(model) as url, aiohttp.ClientSession() as client:
+            self.refusal = await _post(client, url, {"messages": []})
+            talk: list[Any] = [{"role": "user", "content": f"plan {self.wanted}"}]
+            first = await _post(client, url, {"messages": talk, "tools": [_LOOK]})
+            called = first["choices"][0]["message"]
+            if "tool_calls" in called:
+                result = {"role": "tool", "content": self.wanted}
+                talk += [called, result | {"tool_call_id": called["tool_calls"][0]["id"]}]
+            else:
+                talk += [called, {"role": "user", "content": [{"type": "text", "text": "look"}]}]
+            asked = {"messages": talk, "tools": [_LOOK], "stream": True}
+            async with client.post(f"{url}/chat/completions", json=asked) as answer:
+                lines = [line.decode() async for line in answer.content]
+            parts = [line[6:] for line in lines if line.startswith("data: {")]
+            deltas = [json.loads(part)["choices"][0]["delta"] for part in parts]
+            self.said = "".join(d.get("content") or "" for d in deltas)
+
+
+_LOOK = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "description": "Look.",
+        "parameters": {"type": "object", "properties": {"shelf": {"type": "integer"}}},
+    },
+}
+
+
+async def _post(client: aiohttp.ClientSession, url: str, data: Any) -> Any:
+    async with client.post(f"{url}/chat/completions", json=data) as answer:
+        return await answer.json()

@@ -14,7 +14,7 @@ from loopwright.actors.engine import Completion, FinishReason, GenerateRequest
 from loopwright.actors.episode import EpisodeLimits, play_episode
 from loopwright.actors.tiny_model import train_tokenizer
 from loopwright.algorithms.records import EndReason, Outcome, Rollout
-from loopwright.envs.conformance import check
+from loopwright.envs.conformance import RULES, Kit, check
 from loopwright.envs.program import ProgramEnv
 from loopwright.envs.protocol import EnvError
 from loopwright.envs.registry import load
@@ -105,6 +105,34 @@ def test_a_program_that_never_asks_is_refused() -> None:
 
 def test_a_program_keeps_every_rule_of_the_kit() -> None:
     assert asyncio.run(check(relay)) == []
+
+
+def test_a_harness_that_speaks_http_is_one_context_token_by_token() -> None:
+    env = load(f"{WORLDS}:Harness")
+    assert isinstance(env, ProgramEnv)
+    call = ' {"name":"look", "arguments": {"shelf": 1}}'  # not as a client would write it again
+    engine = Says(call, "n0")
+    rollout = played(env, engine, max_new_tokens=60)
+    assert rollout.reward == 1.0, rollout.fault
+    assert len(rollout.contexts) == 1 and rollout.turns == 2
+    said = CHAT.tokenizer.encode(call, add_special_tokens=False)
+    first, second = engine.asked
+    assert second[: len(first) + len(said)] == [*first, *said]
+    assert "'messages' is empty" in env.program.refusal["error"]["message"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("rule", ["survives_text", "starts_over", "cancel_leaks"])
+def test_the_harness_keeps_the_rule(rule: str) -> None:
+    """A cancelled episode leaves no server behind."""
+
+    async def findings() -> list[tuple[str, str]]:
+        tasks = list(islice(load(f"{WORLDS}:Harness").tasks("train", 0), 1))
+        kit = Kit(factory=lambda: load(f"{WORLDS}:Harness"), tasks=tasks, seed=0)
+        found = [one async for one in RULES[rule](kit)]
+        await kit.close()
+        return found
+
+    assert asyncio.run(findings()) == []
 
 
 def test_it_has_nothing_to_clone_from() -> None:
