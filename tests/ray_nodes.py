@@ -160,6 +160,16 @@ class RayNodes:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self, node: str, options: str) -> None:
+        """Ray gives a node 30 s to register; a machine with other things to do gets a second
+        try."""
+        said = self._try(node, options)
+        if said:
+            self.kill(node)
+            said = self._try(node, options)
+        assert not said, f"ray start of {node} ended: {said}"
+
+    def _try(self, node: str, options: str) -> str:
+        """What it said if it ended."""
         self._started += 1
         log = self.folder / f"{node}-{self._started}.log"
         command = [*self.within(node), str(Path(sys.executable).with_name("ray")), "start"]
@@ -178,8 +188,10 @@ class RayNodes:
         assert process.stdout is not None
         started = any("Ray runtime started" in line for line in process.stdout)
         alarm.cancel()
-        assert started, f"ray start of {node} ended: {log.read_text()[-2000:]}"
+        if not started:
+            return log.read_text()[-2000:]
         threading.Thread(target=process.communicate, daemon=True).start()  # its pipe stays empty
+        return ""
 
 
 def _free_port() -> int:
