@@ -203,14 +203,15 @@ class Scaling:
         if count > len(members):
             more = count - len(members)
             names = [self._pool.join(role, self._spawn[role]).actor.name for _ in range(more)]
-            return f"{head}: {', '.join(names)} {_START[role]}".format(version=self._pool.version)
+            when = _START[role].format(version=self._pool.version)
+            return f"{head}, joining: {', '.join(names)}; {when}"
         # who does not serve leaves first, then the newest
         leavers = sorted(members, key=lambda m: (m.serving, -m.number))[: len(members) - count]
         episodes = sum(m.episodes for m in leavers)
         for member in leavers:
             leaving.create_task(self._pool.leave(member))
         names = [member.actor.name for member in leavers]
-        return f"{head}: {', '.join(names)} {_LEAVE[role]}".format(episodes=episodes)
+        return f"{head}, leaving: {', '.join(names)}; {_LEAVE[role].format(episodes=episodes)}"
 
     async def _waiting(self, joined: Sequence[Member]) -> list[str]:
         """What those lack that the cluster has no room for now."""
@@ -254,10 +255,10 @@ class Scaling:
 
 
 _START = {
-    "rollout": "start; each serves once it has proven version {version} or a later one",
-    "environments": "start",
+    "rollout": "each serves once it has proven version {version} or a later one",
+    "environments": "each plays once it has started",
 }
 _LEAVE = {
-    "rollout": "leave; their {episodes} episodes go on on the others from the tokens they have",
-    "environments": "leave once their {episodes} episodes are over",
+    "rollout": "their {episodes} episodes go on on the others, from the tokens they have",
+    "environments": "their {episodes} episodes are played to the end first",
 }

@@ -93,7 +93,7 @@ def test_a_run_outlives_cuts_and_the_loss_of_a_node(
             _a_node_joins(two)
             capsys.readouterr()
             assert main(["scale", str(run.folder), "environments=3"]) == DONE
-            assert "environments 2 → 3: environment worker 2 start" in capsys.readouterr().out
+            assert "environments 2 → 3, joining: environment worker 2;" in capsys.readouterr().out
             two.event("actor_joined")
             _killed(two, lost=2)
             two.seen |= two.finished()

@@ -55,8 +55,8 @@ class TestRequests:
             watching = await _scaling(tmp_path, pool, events)
             answer = await asyncio.to_thread(ask, tmp_path, {"rollout": 3}, 20)
             assert answer.text == (
-                "rollout 1 → 3: rollout 1, rollout 2 start; each serves once it has proven version "
-                "4 or a later one"
+                "rollout 1 → 3, joining: rollout 1, rollout 2; each serves once it has proven "
+                "version 4 or a later one"
             )
             assert not answer.refused and not (tmp_path / REQUEST).exists()
             while Sizes.read(tmp_path).roles["rollout"].reached < 3:
@@ -67,8 +67,8 @@ class TestRequests:
             assert answer.text == "rollout: 3 of 3 serve\nenvironments: 1 of 1 serve"
             answer = await asyncio.to_thread(ask, tmp_path, {"rollout": 1, "environments": 1}, 20)
             assert answer.text.splitlines() == [
-                "rollout 3 → 1: rollout 2, rollout 1 leave; their 0 episodes go on on the others "
-                "from the tokens they have",
+                "rollout 3 → 1, leaving: rollout 2, rollout 1; their 0 episodes go on on the "
+                "others, from the tokens they have",
                 "environments 1: as it is",
             ]
             while events.count("actor_left") < 2:
@@ -207,13 +207,15 @@ def test_a_run_grows_shrinks_and_goes_on_with_its_size(
 
     with DrivenRun(config, *more) as driven:
         driven.wait("step 1", lambda: driven.steps() >= 1)
-        assert "rollout 1 → 3: rollout 1, rollout 2 start" in scale("rollout=3", "environments=2")
+        assert "rollout 1 → 3, joining: rollout 1, rollout 2;" in scale(
+            "rollout=3", "environments=2"
+        )
         driven.wait("all to join", lambda: len(driven.events("actor_joined")) == 3)
         assert scale() == "rollout: 3 of 3 serve\nenvironments: 2 of 2 serve\n"
         step = driven.steps()
         driven.wait("two more steps", lambda: driven.steps() > step + 2)
         assert main(["scale", str(driven.folder), "rollout=1e3"]) == REFUSED
-        assert "rollout 3 → 2: rollout 2 leave" in scale("rollout=2")
+        assert "rollout 3 → 2, leaving: rollout 2;" in scale("rollout=2")
         driven.wait("one to leave", lambda: bool(driven.events("actor_left")))
         step = driven.steps()
         driven.wait("another step", lambda: driven.steps() > step + 1)
