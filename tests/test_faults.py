@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from loopwright.actors.shared_memory import SEGMENT_FOLDER, SEGMENT_PREFIX
-from loopwright.algorithms.records import decode
+from loopwright.algorithms.records import Rollout, decode
 from loopwright.orchestrator.cli import DONE, FAILED, REFUSED, STOPPED, main
 from loopwright.orchestrator.ledger import FILE, audit, read
 from loopwright.orchestrator.parts import checkpoints
@@ -85,37 +85,41 @@ class TestProcesses:
         others = run.events("infra_fault") + run.events("actor_lost")
         assert run.ledger().checksums == expected, f"nobody else was hit? {others}"
 
-    def test_episodes_of_a_killed_engine_go_on_on_the_other_with_all_their_tokens(
+    def test_episodes_of_a_killed_engine_and_of_a_killed_worker_go_on_with_all_their_tokens(
         self, tmp_path: Path, model: str
     ) -> None:
         config = write_config(
-            tmp_path, model, environment="Chatty", address="local", steps=5, max_lag=1
+            tmp_path, model, environment="Chatty", address="local", steps=7, max_lag=1
         )
         options = f'environment.options={{folder = "{tmp_path}"}}'
-        with DrivenRun(config, options, "rollout.engines=2", "rollout.concurrency=4") as run:
+        # weights over the network: the chain of engines is formed anew without the dead one
+        network = ("rollout.channel=delta", 'rollout.channel_options={carrier="collective"}')
+        engines = ("rollout.engines=2", "rollout.concurrency=4")
+        with DrivenRun(config, options, *engines, *network) as run:
             run.wait("step 1", lambda: run.steps() >= 1)
+            os.kill(run.pid(WORKER), signal.SIGKILL)
+            run.wait("step 3: what was in the making is trained on", lambda: run.steps() >= 3)
+            assert _resumed(run), "a world was brought back"
+            begun_again = _begun_again(tmp_path)
+            assert begun_again, "worlds end with their worker"
             os.kill(run.pid(ROLLOUT), signal.SIGKILL)
-            assert run.finish() == DONE, run.errors()
-            state = run.ledger()
-            rollouts = [decode(d) for group in state.rollouts.values() for d in group.values()]
-            resumed = [r for r in rollouts if r.saved_tokens]
-            assert resumed, "somebody was in the middle of an episode"
+            assert run.finish(240) == DONE, run.errors()
+            assert run.count("actor_lost", "rollout 1") == 0, "the other one serves on"
+            assert run.events("infra_fault") == []
+            assert _begun_again(tmp_path) == begun_again, "no world ends with an engine"
+            resumed = _resumed(run)
             for rollout in resumed:
                 (context,) = rollout.contexts
-                assert rollout.turns == 4 and rollout.saved_tokens < rollout.generated_tokens
+                assert rollout.turns == 4 and rollout.saved_tokens <= rollout.generated_tokens
                 assert (context.behavior_logprobs[context.action_mask] < 0).all()
-            begun = [
-                line
-                for line in (tmp_path / "begun.txt").read_text().splitlines()
-                if line.startswith("train")
-            ]
-            assert len(begun) >= len(rollouts)
-            per_task = Counter(begun)
-            assert max(per_task.values()) <= K, "no world was begun a second time"
+            tasks = {r.task_id for r in resumed}
+            assert tasks & set(begun_again), "of a lost worker"
+            assert tasks - set(begun_again), "of a lost engine"
             counted = run.summary()["resumed"]
             assert counted["rollouts"] >= 1 and counted["saved_tokens"] >= 1
             assert run.summary()["mismatch"]["abs_max"] < 0.5, "their logprobs are the policy's"
-            assert_clean(run.folder, 5)
+            assert_clean(run.folder, 7)
+            assert not (run.folder / "episodes").exists()
             assert all(step.equal for step in replay(run.folder))
 
     def test_an_environment_that_blocks_its_worker_ends_the_run(
@@ -132,6 +136,19 @@ class TestProcesses:
             assert run.count("actor_back", WORKER) == 1
             assert "Traceback" not in run.errors() and "never retrieved" not in run.errors()
             assert run.processes() == []
+
+
+def _resumed(run: DrivenRun) -> list[Rollout]:
+    """The rollouts on record with tokens that outlived a process."""
+    groups = run.ledger().rollouts.values()
+    return [r for group in groups for r in map(decode, group.values()) if r.saved_tokens]
+
+
+def _begun_again(folder: Path) -> list[str]:
+    """Training tasks of which more worlds were begun than a group has."""
+    lines = (folder / "begun.txt").read_text().splitlines()
+    counts = Counter(line for line in lines if line.startswith("train"))
+    return sorted(task for task, count in counts.items() if count > K)
 
 
 Said = pytest.CaptureFixture[str]
