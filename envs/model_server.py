@@ -39,11 +39,11 @@ async def serving(model: Model) -> AsyncIterator[str]:
     front = _Front(model)
     app.router.add_post("/v1/chat/completions", front.complete)
     app.router.add_get("/v1/models", front.models)
-    runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()
     try:
         listening = socket.create_server(("127.0.0.1", 0))  # cleanup closes it
-        await web.SockSite(runner, listening, shutdown_timeout=0.1).start()
+        await web.SockSite(runner, listening).start()
         yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
     finally:
         await runner.cleanup()
