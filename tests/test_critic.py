@@ -121,8 +121,10 @@ def test_two_ranks_fit_the_same_head_as_one() -> None:
     states, targets = torch.randn(7, 8, generator=random), torch.rand(7, generator=random)
     minibatches = [np.array([0, 5, 2]), np.array([1, 3, 4, 6]), np.array([6])]
 
-    def fitted(units: np.ndarray, ranks: Ranks) -> Critic:
-        critic = Critic(8, lr=1e-2, seed=3, device="cpu")
+    # made one after the other: threads share torch's random state
+    critics = [Critic(8, lr=1e-2, seed=3, device="cpu") for _ in range(3)]
+
+    def fitted(critic: Critic, units: np.ndarray, ranks: Ranks) -> Critic:
         share = Share(
             total=7,
             units=units,
@@ -136,9 +138,11 @@ def test_two_ranks_fit_the_same_head_as_one() -> None:
 
     with ThreadPoolExecutor(2) as threads:
         parts = [np.array([5, 0, 1]), np.array([2, 3, 4, 6])]
-        both = [threads.submit(fitted, parts[r], _TwoRanks(rank=r, size=2)) for r in (0, 1)]
+        both = [
+            threads.submit(fitted, critics[r], parts[r], _TwoRanks(rank=r, size=2)) for r in (0, 1)
+        ]
         halves = [future.result(timeout=60) for future in both]
-    whole = fitted(np.arange(7), Ranks())
+    whole = fitted(critics[2], np.arange(7), Ranks())
     for half in halves:
         for one, two in zip(whole.head.parameters(), half.head.parameters(), strict=True):
             torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
