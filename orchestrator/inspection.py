@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,8 +168,8 @@ def _is_own(filename: str) -> bool:
 
 
 def _own_stack() -> tuple[str, ...]:
-    found = []
-    for thread, frame in sys._current_frames().items():
+    found, main = [], threading.main_thread().ident
+    for thread, frame in sorted(sys._current_frames().items(), key=lambda pair: pair[0] != main):
         found.append(f"thread {thread}:")
         for one in reversed(traceback.extract_stack(frame)):
             found.append(f"  {one.name} ({Path(one.filename).name}:{one.lineno})")

@@ -135,16 +135,19 @@ class Scaling:
     async def watch(self) -> None:
         """Take requests for ever. First, what a former part of this run was asked for and had not
         reached."""
-        async with asyncio.TaskGroup() as leaving:
-            for role, size in list(self._sizes.roles.items()):
-                if size.asked != len(self._pool.members_of(role)):
-                    self._event("scale", text=self._resize(role, size.asked, leaving))
-            while True:
-                await self._keep_count()
-                request = self._taken_request()
-                if request is not None:
-                    await self._serve(request, leaving)
-                await asyncio.sleep(self._look_every_s)
+        try:
+            async with asyncio.TaskGroup() as leaving:
+                for role, size in list(self._sizes.roles.items()):
+                    if size.asked != len(self._pool.members_of(role)):
+                        self._event("scale", text=self._resize(role, size.asked, leaving))
+                while True:
+                    await self._keep_count()
+                    request = self._taken_request()
+                    if request is not None:
+                        await self._serve(request, leaving)
+                    await asyncio.sleep(self._look_every_s)
+        finally:
+            self._write_count()  # who has left since the last look
 
     def _taken_request(self) -> dict[str, Any] | None:
         """A request, at most once. Whatever somebody wrote there, it does not end the run."""
@@ -245,6 +248,9 @@ class Scaling:
         if up != self._up:
             self._up = up
             await self._engines_up(up)
+        self._write_count()
+
+    def _write_count(self) -> None:
         counted = {
             role: replace(size, reached=self._pool.serving(role))
             for role, size in self._sizes.roles.items()

@@ -22,10 +22,12 @@ EXAMPLE = Path(__file__).parents[1] / "examples/my_env/loopwright_pantry/__init_
 class Color(StrEnum):
     RED = "red"
     BLUE = "blue"
+    GREEN = "green"
+    BLACK = "black"
 
 
 class Painter(ToolEnv):
-    """Paints a wall; the goal is a blue one."""
+    """Paints a wall; the goal is a color, blue at first."""
 
     name = "painter"
     version = "1"
@@ -40,13 +42,14 @@ class Painter(ToolEnv):
 
     def start(self, task: Task) -> str:
         self._wall = "white"
-        return "Paint the wall blue."
+        self._goal = (Color.BLUE, Color.GREEN, Color.RED, Color.BLACK)[task.seed // 2 % 4]
+        return f"Paint the wall {self._goal}."
 
     def reward(self) -> float:
-        return float(self._wall == "blue")
+        return float(self._wall == self._goal)
 
     def solve(self) -> Iterator[Call]:
-        yield Call(name="paint", arguments={"color": "blue"})
+        yield Call(name="paint", arguments={"color": str(self._goal)})
 
     async def paint(self, color: Color, coats: int = 1, copy: Literal["a", "b"] = "a") -> str:
         """Paint the wall.
@@ -103,7 +106,7 @@ def test_results_and_errors_are_observations() -> None:
         call("paint", color="red", coats=2): ("painted red", {}),
         call("pain", color="red"): ("did you mean paint?", {"tool_error/unknown_tool": 1}),
         call("paint"): ("color: Field required", {"tool_error/bad_argument": 1}),
-        call("paint", color="green"): ("color", {"tool_error/bad_argument": 1}),
+        call("paint", color="yellow"): ("color", {"tool_error/bad_argument": 1}),
         call("paint", color="red", coats="2"): ("coats", {"tool_error/bad_argument": 1}),
         call("paint", color="red", size=2): ("size", {"tool_error/bad_argument": 1}),
         call("paint", color="red", coats=0): ("one coat", {"tool_error/invalid_value": 1}),

@@ -220,10 +220,7 @@ def test_members_are_drawn_with_their_weights_and_keep_their_own_streams() -> No
 
 
 def test_a_mix_plays_each_task_in_its_member() -> None:
-    """The kit's rules hold, but for the one that a task is named after the environment: here it is
-    named after the member."""
-    findings = asyncio.run(check(_mix))
-    assert {f.rule for f in findings} == {"spec"} and len(findings) == 6
+    assert asyncio.run(check(_mix)) == []
     mix = _mix()
     assert mix.spec.max_turns == 7 and mix.spec.scheduled == ("noise",)
     turns = {}

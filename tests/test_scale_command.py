@@ -226,7 +226,8 @@ def test_a_run_grows_shrinks_and_goes_on_with_its_size(
         assert driven.finish() == DONE, driven.errors()
     assert "engines = 2" in (driven.folder / "config.toml").read_text()
     served = [e["actor"] for e in driven.events("actor_up") if e["actor"].startswith("rollout")]
-    assert served == ["rollout 0", "rollout 1", "rollout 2", "rollout 0", "rollout 1"]
+    assert served[0] == "rollout 0" and sorted(served[1:3]) == ["rollout 1", "rollout 2"]
+    assert sorted(served[3:]) == ["rollout 0", "rollout 1"]
     assert driven.events("actor_lost") == [] and driven.summary()["restarts"] == 0
     assert driven.summary()["lag"]["max"] <= 1
     found = audit(driven.folder / "ledger" / FILE)

@@ -203,7 +203,7 @@ class TestPool:
 
             new = engine(1, start=late)
             new.lack = "no node has room for 1 CPUs"
-            pool = pool_of([engine(0)], [worker(0)], events, start_s=0.05)
+            pool = pool_of([engine(0)], [worker(0)], events, start_s=0.5)
             await pool.start(manifest(0))
             pool.join("rollout", spawned(new))
             await events.wait_for("actor_waits")
@@ -211,7 +211,7 @@ class TestPool:
             assert text == (
                 "rollout 1 waits: no node has room for 1 CPUs; the run goes on with 1 of its kind"
             )
-            await asyncio.sleep(0.2)  # longer than the deadline of a start
+            await asyncio.sleep(0.8)  # longer than the deadline of a start
             assert (await play(pool)).outcome is Outcome.SCORED
             new.lack = ""
             room.set()
