@@ -6,7 +6,6 @@ of letters. What each does wrong is its docstring.
 
 import asyncio
 import resource
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -203,17 +202,6 @@ class Waiting(Letters):
         """Never comes back."""
         if self.trains_on(5):
             await asyncio.Event().wait()
-        return await super().step(action)
-
-
-class Blocking(Letters):
-    """Blocks its whole process for ever in every third training task."""
-
-    async def step(self, action: str) -> Step:
-        """Never comes back, and lets nobody else in."""
-        if self.trains_on(3):
-            while True:
-                time.sleep(3600)
         return await super().step(action)
 
 

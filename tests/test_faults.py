@@ -113,21 +113,6 @@ class TestProcesses:
             assert not (run.folder / "episodes").exists()
             assert all(step.equal for step in replay(run.folder))
 
-    def test_an_environment_that_blocks_its_worker_ends_the_run(
-        self, tmp_path: Path, model: str
-    ) -> None:
-        config = write_config(tmp_path, model, environment="Blocking", address="local")
-        with DrivenRun(
-            config, "run.max_restarts=1", "cluster.hang_timeout_s=3", "environment.workers=1"
-        ) as run:
-            assert run.finish() == FAILED
-            assert "run.max_restarts allows 1" in run.reason()
-            assert WORKER in run.reason() and "sign of life" in run.reason()
-            assert run.count("actor_lost", WORKER) == 2
-            assert run.count("actor_back", WORKER) == 1
-            assert "Traceback" not in run.errors() and "never retrieved" not in run.errors()
-            assert run.processes() == []
-
 
 def _resumed(run: DrivenRun) -> list[Rollout]:
     """The rollouts on record with tokens that outlived a process."""
