@@ -44,8 +44,9 @@ from loopwright.orchestrator.groups import Groups
 from loopwright.orchestrator.in_process import InProcessActor
 from loopwright.orchestrator.ledger import Ledger
 from loopwright.orchestrator.loop import train
+from loopwright.orchestrator.membership import Deadlines
 from loopwright.orchestrator.parts import Parts
-from loopwright.orchestrator.pool import Deadlines, FaultLimits, Pool, episode_seed
+from loopwright.orchestrator.pool import FaultLimits, Pool, episode_seed
 from loopwright.orchestrator.recorder import Recorder
 from loopwright.orchestrator.tasks import TaskStream
 from loopwright.orchestrator.training import Training

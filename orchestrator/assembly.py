@@ -20,7 +20,8 @@ from loopwright.envs.protocol import Env, EnvError
 from loopwright.orchestrator import placement
 from loopwright.orchestrator.cluster import connect
 from loopwright.orchestrator.faults import Refused, RestartBudget
-from loopwright.orchestrator.pool import Deadlines, FaultLimits, Pool, Role
+from loopwright.orchestrator.membership import Deadlines, Role
+from loopwright.orchestrator.pool import FaultLimits, Pool
 from loopwright.orchestrator.processes import Actor, Cluster, Placement
 from loopwright.orchestrator.ranked_trainer import RankedTrainer
 from loopwright.orchestrator.recorder import Recorder

@@ -21,7 +21,8 @@ from typing import Any
 from loopwright.configs.load import Loaded
 from loopwright.orchestrator.faults import RunError
 from loopwright.orchestrator.members import Member
-from loopwright.orchestrator.pool import Pool, Role
+from loopwright.orchestrator.membership import Role
+from loopwright.orchestrator.pool import Pool
 from loopwright.orchestrator.processes import Actor
 from loopwright.orchestrator.recorder import write_json
 
@@ -122,7 +123,7 @@ class Scaling:
         """`spawn` starts one more of a role under a number. `fixed`: roles that cannot be scaled in
         this run, and why. `engines_up` is told how many engines serve, when that changes."""
         self._folder = folder
-        self._pool = pool
+        self._pool, self._members = pool, pool.membership
         self._spawn = spawn
         self._fixed = fixed
         self._engines_up = engines_up
@@ -130,7 +131,7 @@ class Scaling:
         self._look_every_s = look_every_s
         self._sizes = Sizes.read(folder)
         self._up = 0
-        self._configured = {role: len(pool.members_of(role)) for role in ROLES}
+        self._configured = {role: len(self._members.members_of(role)) for role in ROLES}
 
     async def watch(self) -> None:
         """Take requests for ever. First, what a former part of this run was asked for and had not
@@ -138,7 +139,7 @@ class Scaling:
         try:
             async with asyncio.TaskGroup() as leaving:
                 for role, size in list(self._sizes.roles.items()):
-                    if size.asked != len(self._pool.members_of(role)):
+                    if size.asked != len(self._members.members_of(role)):
                         self._event("scale", text=self._resize(role, size.asked, leaving))
                 while True:
                     await self._keep_count()
@@ -175,20 +176,20 @@ class Scaling:
         asked: dict[Role, int] = request["sizes"]
         wrong = [self._fixed[role] for role in asked if role in self._fixed]
         said, refused = list(wrong), bool(wrong)
-        before = {role: set(self._pool.members_of(role)) for role in ROLES}
+        before = {role: set(self._members.members_of(role)) for role in ROLES}
         try:
             if not refused:
                 said += [self._resize(role, count, leaving) for role, count in asked.items()]
         except RunError as error:  # the cluster knows at once that it cannot
             said, refused = [*said, str(error)], True
-        now = {role: set(self._pool.members_of(role)) for role in ROLES}
+        now = {role: set(self._members.members_of(role)) for role in ROLES}
         for role, count in asked.items():
             # not what was asked where it was refused half way
             count = len(now[role]) if refused else count
             known = self._sizes.roles.get(role)
             configured = known.configured if known else self._configured[role]
             if known or not refused:
-                size = Size(configured=configured, asked=count, reached=self._pool.serving(role))
+                size = Size(configured=configured, asked=count, reached=self._members.serving(role))
                 self._sizes.roles[role] = size
         if said:
             self._event("scale_refused" if refused else "scale", text="; ".join(said))
@@ -199,20 +200,20 @@ class Scaling:
 
     def _resize(self, role: Role, count: int, leaving: asyncio.TaskGroup) -> str:
         """Begin to make it so many; what happens, in words."""
-        members = self._pool.members_of(role)
+        members = self._members.members_of(role)
         head = f"{role} {len(members)} → {count}"
         if count == len(members):
             return f"{role} {count}: as it is"
         if count > len(members):
             more = count - len(members)
-            names = [self._pool.join(role, self._spawn[role]).actor.name for _ in range(more)]
+            names = [self._members.join(role, self._spawn[role]).actor.name for _ in range(more)]
             when = _START[role].format(version=self._pool.version)
             return f"{head}, joining: {', '.join(names)}; {when}"
         # who does not serve leaves first, then the newest
         leavers = sorted(members, key=lambda m: (m.serving, -m.number))[: len(members) - count]
         episodes = sum(m.episodes for m in leavers)
         for member in leavers:
-            leaving.create_task(self._pool.leave(member))
+            leaving.create_task(self._members.leave(member))
         names = [member.actor.name for member in leavers]
         return f"{head}, leaving: {', '.join(names)}; {_LEAVE[role].format(episodes=episodes)}"
 
@@ -232,10 +233,10 @@ class Scaling:
 
     async def _status(self) -> list[str]:
         lines = [
-            f"{role}: {self._pool.serving(role)} of {len(self._pool.members_of(role))} serve"
+            f"{role}: {self._members.serving(role)} of {len(self._members.members_of(role))} serve"
             for role in ROLES
         ]
-        absent = [m for role in ROLES for m in self._pool.members_of(role) if not m.serving]
+        absent = [m for role in ROLES for m in self._members.members_of(role) if not m.serving]
         lacks = await asyncio.gather(*(m.actor.lacks() for m in absent))
         return lines + [
             f"{member.actor.name} {'waits: ' + lack if lack else 'is starting'}"
@@ -244,7 +245,7 @@ class Scaling:
 
     async def _keep_count(self) -> None:
         """How many serve: for the loop, and for a run that goes on from here."""
-        up = self._pool.serving("rollout")
+        up = self._members.serving("rollout")
         if up != self._up:
             self._up = up
             await self._engines_up(up)
@@ -252,7 +253,7 @@ class Scaling:
 
     def _write_count(self) -> None:
         counted = {
-            role: replace(size, reached=self._pool.serving(role))
+            role: replace(size, reached=self._members.serving(role))
             for role, size in self._sizes.roles.items()
         }
         if counted != self._sizes.roles:

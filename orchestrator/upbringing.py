@@ -29,7 +29,7 @@ async def until_up(
     and `DeadlinePassed` where it has a place and does not answer, or nobody else serves.
     """
     loop = asyncio.get_running_loop()
-    ends, told = loop.time() + start_s, False
+    ends, told, lacked = loop.time() + start_s, False, False
     work = _begin(start)
     try:
         while True:
@@ -38,13 +38,15 @@ async def until_up(
             if work.done() and not late:
                 return work.result()
             lack = await actor.lacks()
-            if lack and others():
+            waiting = bool(lack) and others() > 0
+            if waiting or lacked:  # it has had a place since this look at the earliest
                 ends = loop.time() + start_s
-                if not told:
-                    waits(lack)
-                told = True
             elif loop.time() >= ends:
                 raise not_back(actor, start_s, lack)
+            if waiting and not told:
+                waits(lack)
+                told = True
+            lacked = waiting
             if late:
                 work = _begin(start)
     finally:

@@ -13,7 +13,8 @@ from loopwright.actors.weights import WeightManifest
 from loopwright.algorithms.records import Context, EndReason, Outcome, Rollout, encode
 from loopwright.envs.protocol import decode_task
 from loopwright.orchestrator.faults import RestartBudget
-from loopwright.orchestrator.pool import Deadlines, FaultLimits, Pool
+from loopwright.orchestrator.membership import Deadlines
+from loopwright.orchestrator.pool import FaultLimits, Pool
 from tests.scripted import TASK, ScriptedActor
 
 LIMITS = EpisodeLimits(max_turns=2, max_new_tokens=4, max_context=64, timeout_s=5, temperature=1.0)

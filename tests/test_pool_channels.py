@@ -10,7 +10,8 @@ from loopwright.actors.engine import UpdateReport
 from loopwright.actors.weights import ChannelLost, WeightManifest
 from loopwright.orchestrator.delivery import WeightsNotProven
 from loopwright.orchestrator.faults import ActorLost, RestartBudget
-from loopwright.orchestrator.pool import Deadlines, FaultLimits, Pool
+from loopwright.orchestrator.membership import Deadlines
+from loopwright.orchestrator.pool import FaultLimits, Pool
 from tests.scripted import ScriptedActor
 from tests.scripted_pool import Events, acknowledged, engine, manifest, run, then, worker
 

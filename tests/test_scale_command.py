@@ -87,7 +87,7 @@ class TestRequests:
             watching = await _scaling(tmp_path, pool, events, fixed={"rollout": "by turns"})
             answer = await asyncio.to_thread(ask, tmp_path, {"rollout": 2, "environments": 2}, 20)
             assert answer.refused and answer.text == "by turns"
-            assert len(pool.members_of("environments")) == 1, "all of it or nothing"
+            assert len(pool.membership.members_of("environments")) == 1, "all of it or nothing"
             for count, text in enumerate(("{", "[]", '{"id": "1", "sizes": {"rollout": 0}}'), 2):
                 (tmp_path / "aside").write_text(text)
                 (tmp_path / "aside").rename(tmp_path / REQUEST)
@@ -122,7 +122,7 @@ class TestRequests:
             answer = await asyncio.to_thread(ask, tmp_path, {"rollout": 1}, 20)
             while not events.count("actor_left"):
                 await asyncio.sleep(0.005)
-            assert len(pool.members_of("rollout")) == 1 and not watching.done()
+            assert len(pool.membership.members_of("rollout")) == 1 and not watching.done()
             watching.cancel()
             await pool.close()
 
@@ -182,8 +182,8 @@ def test_what_was_not_reached_is_gone_on_with(tmp_path: Path) -> None:
         Sizes({"rollout": Size(configured=1, asked=3, reached=2)}).write(tmp_path)
         watching = await _scaling(tmp_path, pool, events)
         await events.wait_for("actor_joined")
-        assert [m.number for m in pool.members_of("rollout")] == [0, 1, 2]
-        assert all(isinstance(m, Member) for m in pool.members_of("rollout"))
+        assert [m.number for m in pool.membership.members_of("rollout")] == [0, 1, 2]
+        assert all(isinstance(m, Member) for m in pool.membership.members_of("rollout"))
         watching.cancel()
         await pool.close()
 

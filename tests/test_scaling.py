@@ -70,7 +70,7 @@ class TestPool:
             pool = pool_of([first], [player], events)
             await pool.start(manifest(0))
             await pool.publish(manifest(1))
-            joining = pool.join("rollout", spawned(new))
+            joining = pool.membership.join("rollout", spawned(new))
             assert pool.members() == ("rollout 0/0",), "a publish does not wait for it"
             while "update" not in new.called():
                 await asyncio.sleep(0)
@@ -104,10 +104,10 @@ class TestPool:
 
             pool = pool_of([engine(0)], [worker(0)], events)
             await pool.start(manifest(0))
-            pool.join("environments", spawned(worker(1, start=slowly)))
+            pool.membership.join("environments", spawned(worker(1, start=slowly)))
             while not starts:
                 await asyncio.sleep(0)
-            pool.join("rollout", spawned(engine(1)))
+            pool.membership.join("rollout", spawned(engine(1)))
             proceed.set()
             while events.count("actor_joined") < 2:
                 await asyncio.sleep(0)
@@ -134,7 +134,7 @@ class TestPool:
             playing = [asyncio.create_task(play(pool, k)) for k in range(2)]
             while len(orders(player)) < 2:
                 await asyncio.sleep(0)
-            await pool.leave(pool.members_of("rollout")[1])
+            await pool.membership.leave(pool.membership.members_of("rollout")[1])
             assert [(await p).outcome for p in playing] == [Outcome.SCORED] * 2
             assert [args[1] for method, args in player.calls if method == "go_on"] == [0]
             assert (leaver.ended, leaver.restarts) == (1, 0)
@@ -161,7 +161,7 @@ class TestPool:
             await pool.start(manifest(0))
             watching = asyncio.create_task(pool.watch())
             await asked.wait()
-            await pool.leave(pool.members_of("rollout")[1])
+            await pool.membership.leave(pool.membership.members_of("rollout")[1])
             release.set()
             for _ in range(20):
                 await asyncio.sleep(0.002)
@@ -182,7 +182,9 @@ class TestPool:
             playing = [asyncio.create_task(play(pool, k)) for k in range(2)]
             while not orders(leaver):
                 await asyncio.sleep(0)
-            leaving = asyncio.create_task(pool.leave(pool.members_of("environments")[1]))
+            leaving = asyncio.create_task(
+                pool.membership.leave(pool.membership.members_of("environments")[1])
+            )
             assert (await playing[0]).attempt == 0
             assert (await play(pool, 2)).attempt == 2
             assert len(orders(leaver)) == 1 and leaver.ended == 0, "a world is being played in"
@@ -203,15 +205,15 @@ class TestPool:
 
             new = engine(1, start=late)
             new.lack = "no node has room for 1 CPUs"
-            pool = pool_of([engine(0)], [worker(0)], events, start_s=0.5)
+            pool = pool_of([engine(0)], [worker(0)], events, start_s=0.05)
             await pool.start(manifest(0))
-            pool.join("rollout", spawned(new))
+            pool.membership.join("rollout", spawned(new))
             await events.wait_for("actor_waits")
             (text,) = [fields["text"] for kind, fields in events.seen if kind == "actor_waits"]
             assert text == (
                 "rollout 1 waits: no node has room for 1 CPUs; the run goes on with 1 of its kind"
             )
-            await asyncio.sleep(0.8)  # longer than the deadline of a start
+            await asyncio.sleep(0.2)  # longer than the deadline of a start
             assert (await play(pool)).outcome is Outcome.SCORED
             new.lack = ""
             room.set()
@@ -239,11 +241,11 @@ class TestPool:
             broken = engine(1, start=lambda: ActorGone("rollout 1: no memory"))
             pool = pool_of([engine(0)], [worker(0)], events)
             await pool.start(manifest(0))
-            pool.join("rollout", spawned(broken))
+            pool.membership.join("rollout", spawned(broken))
             await events.wait_for("actor_not_joined")
             assert (await play(pool)).outcome is Outcome.SCORED
-            assert broken.ended == 1 and len(pool.members_of("rollout")) == 1
-            again = pool.join("rollout", spawned(engine(1)))
+            assert broken.ended == 1 and len(pool.membership.members_of("rollout")) == 1
+            again = pool.membership.join("rollout", spawned(engine(1)))
             assert again.number == 1, "its number is free"
             await pool.close()
 
