@@ -24,8 +24,8 @@ import time
 from pathlib import Path
 
 from loopwright.orchestrator.ledger import FILE, audit
-from tests.driven_run import ROOT, DrivenRun, build_policy, write_config
-from tests.ray_nodes import RayNodes, ray_nodes
+from tests.driven_run import ROOT, DrivenRun
+from tests.ray_nodes import CPUS, RayNodes, ray_nodes, spread_run
 
 CUT_S, LONG_S = 20.0, 240.0
 Row = dict[str, float]
@@ -105,19 +105,12 @@ def scaled(run: DrivenRun, sizes: list[str], kind: str, count: int) -> Row:
 
 def measure(folder: Path) -> dict[str, Row]:
     """The table by what happens."""
-    config = write_config(
-        folder,
-        build_policy(folder / "model"),
-        environment="Chatty",
-        address="auto",
-        steps=100_000,
-        max_lag=1,
-    )
+    config, spread = spread_run(folder, steps=100_000)
     overrides = (
-        f'environment.options={{folder = "{folder}", pause_s = 0.1}}',
-        *("environment.workers=2", "rollout.engines=2", "rollout.threads=2", "trainer.threads=3"),
-        *("rollout.concurrency=4", "run.checkpoint_every=0", "run.max_restarts=40"),
-        *("cluster.hang_timeout_s=60", "cluster.ping_every_s=5"),
+        *spread,
+        "run.max_restarts=40",
+        "cluster.hang_timeout_s=60",
+        "cluster.ping_every_s=5",
         "environment.episode_timeout_s=120",
     )
     table: dict[str, Row] = {}
@@ -125,8 +118,8 @@ def measure(folder: Path) -> dict[str, Row]:
     with ray_nodes() as nodes:
         if nodes.network is None:
             raise SystemExit(f"no network namespaces here: {nodes.why_not}")
-        nodes.start_head(cpus=6)
-        nodes.start_worker(cpus=2)
+        nodes.start_head(CPUS["a"])
+        nodes.start_worker(CPUS["b"])
         with DrivenRun(
             config, *overrides, within=nodes.within("a"), variables=nodes.environment
         ) as run:

@@ -22,9 +22,36 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.driven_run import build_policy, write_config
+
 _DEADLINE_S = 120
 _MARK = "LOOPWRIGHT_TEST_NODE"  # in the environment of a node and all it starts
 _ADDRESSES = {"a": "10.231.77.1", "b": "10.231.77.2"}
+
+
+CPUS = {"a": 6, "b": 2}
+# Driver, trainer, an engine and two workers fill node a; the other engine has room on b alone.
+SPREAD = (
+    "environment.workers=2",
+    "rollout.engines=2",
+    "rollout.threads=2",
+    "trainer.threads=3",
+    "rollout.concurrency=4",
+    "run.checkpoint_every=0",
+)
+
+
+def spread_run(folder: Path, steps: int) -> tuple[Path, tuple[str, ...]]:
+    """Configuration and overrides of a run that needs both nodes."""
+    config = write_config(
+        folder,
+        build_policy(folder / "model"),
+        environment="Chatty",
+        address="auto",
+        steps=steps,
+        max_lag=1,
+    )
+    return config, (f'environment.options={{folder = "{folder}", pause_s = 0.1}}', *SPREAD)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -14,8 +14,8 @@ import pytest
 
 from loopwright.orchestrator.cli import STOPPED
 from loopwright.orchestrator.ledger import FILE, audit
-from tests.driven_run import DrivenRun, build_policy, write_config
-from tests.ray_nodes import RayNodes, ray_nodes
+from tests.driven_run import DrivenRun
+from tests.ray_nodes import CPUS, RayNodes, ray_nodes, spread_run
 
 # Ray calls a node dead after 4 checks that were not answered within 3 s each, a second apart
 _CHECKS = {
@@ -53,28 +53,11 @@ class TwoNodes:
 
 
 def test_a_run_outlives_cuts_and_the_loss_of_a_node(tmp_path: Path) -> None:
-    config = write_config(
-        tmp_path,
-        build_policy(tmp_path / "model"),
-        environment="Chatty",
-        address="auto",
-        steps=1000,
-        max_lag=1,
-    )
-    overrides = (
-        f'environment.options={{folder = "{tmp_path}", pause_s = 0.1}}',
-        "environment.workers=2",
-        "rollout.engines=2",
-        "rollout.threads=2",
-        "trainer.threads=3",
-        "rollout.concurrency=4",
-        "run.checkpoint_every=0",
-        "cluster.hang_timeout_s=40",
-        "environment.episode_timeout_s=200",
-    )
+    config, spread = spread_run(tmp_path, steps=1000)
+    overrides = (*spread, "cluster.hang_timeout_s=40", "environment.episode_timeout_s=200")
     with ray_nodes(**_CHECKS) as nodes:
-        nodes.start_head(cpus=6)
-        nodes.start_worker(cpus=2)
+        nodes.start_head(CPUS["a"])
+        nodes.start_worker(CPUS["b"])
         with DrivenRun(
             config, *overrides, within=nodes.within("a"), variables=nodes.environment
         ) as run:

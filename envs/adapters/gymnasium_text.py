@@ -24,7 +24,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from random import Random
 from typing import Any
 
-# fmt: off
 from loopwright.envs.adapters import foreign
 from loopwright.envs.adapters.toy_text import TOYS, Toy, best_plan
 from loopwright.envs.protocol import (
@@ -38,8 +37,6 @@ from loopwright.envs.protocol import (
     Verdict,
 )
 from loopwright.envs.registry import object_at
-
-# fmt: on
 
 NAME = "gymnasium"
 MAX_TURNS = 100  # where the environment has no limit of its own

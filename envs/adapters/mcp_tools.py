@@ -27,7 +27,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-# fmt: off
 from loopwright.envs.actions import Call, Fault, render_action
 from loopwright.envs.adapters import foreign
 from loopwright.envs.adapters.mcp_session import Answer, Server, Session
@@ -42,8 +41,6 @@ from loopwright.envs.protocol import (
 )
 from loopwright.envs.registry import object_at
 from loopwright.envs.remote.plain import task_from
-
-# fmt: on
 
 NAME = "mcp"
 CONNECTIONS = ("episode", "instance", "process")

@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from random import Random
 from typing import Any
 
-# fmt: off
 from loopwright.envs.actions import Call, Fault, render_action
 from loopwright.envs.adapters import foreign
 from loopwright.envs.adapters.openenv_session import OpenEnvSession
@@ -37,8 +36,6 @@ from loopwright.envs.protocol import (
 )
 from loopwright.envs.registry import object_at
 from loopwright.envs.remote.plain import RemoteError
-
-# fmt: on
 
 NAME = "openenv"
 ACT = "act"

@@ -24,7 +24,6 @@ from dataclasses import dataclass, fields
 from random import Random
 from typing import Any
 
-# fmt: off
 from loopwright.envs.adapters import foreign
 from loopwright.envs.protocol import (
     EnvError,
@@ -36,8 +35,6 @@ from loopwright.envs.protocol import (
     TaskError,
     Verdict,
 )
-
-# fmt: on
 
 NAME = "reasoning_gym"
 SUCCESS_SCORE = 0.999
